@@ -1,0 +1,32 @@
+"""What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
+import sys
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: one line that names the file or option and says how to mend it."""
+
+
+def run(main, argv=None) -> int:
+    """Call `main(argv) -> exit status` and turn a user's mistake into one line and status 2.
+
+    Status 0: done. 1: done, but some items were skipped (the command listed them). 2: nothing could be done.
+    130: stopped by Ctrl-C.
+    """
+    try:
+        return main(argv) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def report_skipped(skipped: list, what: str) -> int:
+    """List the items a long job left out, as (name, reason) pairs; return the exit status that says so."""
+    if not skipped:
+        return 0
+    print(f"{len(skipped)} {what} skipped:", file=sys.stderr)
+    for name, reason in skipped:
+        print(f"  {name}: {reason}", file=sys.stderr)
+    return 1

@@ -1,0 +1,58 @@
+"""Local features (SPEC 3): image -> Features."""
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from tools.cli import InputError
+
+DESCRIPTOR_DIM = {"sift": 128, "spp": 256}
+
+
+@dataclass
+class Features:
+    """What an image gives to a matcher; rows in order of falling score."""
+
+    keypoints: np.ndarray  # (N, 2) float32, pixels of the image given, OpenCV's convention
+    scores: np.ndarray  # (N,) float32
+    descriptors: np.ndarray  # (N, D) float32, unit length
+    image_size: tuple[int, int]  # (w, h)
+
+
+class Sift:
+    """OpenCV SIFT, the `max_keypoints` strongest, as RootSIFT.
+
+    unique_locations: one keypoint per place (the first of its dominant orientations), see SPEC 3.
+    """
+
+    def __init__(self, max_keypoints=4096, contrast_threshold=0.04, unique_locations=False):
+        self.max_keypoints = max_keypoints
+        self.unique_locations = unique_locations
+        # about one keypoint in eight shares its place: twice as many leave max_keypoints after the repeats are gone
+        self.detector = cv2.SIFT_create(nfeatures=max_keypoints * (2 if unique_locations else 1),
+                                        contrastThreshold=contrast_threshold)
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """image (H, W) uint8 -> Features with D = 128."""
+        found, sift = self.detector.detectAndCompute(image, None)
+        image_size = (image.shape[1], image.shape[0])
+        if not found:
+            return Features(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros((0, 128), np.float32),
+                            image_size)
+        keypoints = np.array([point.pt for point in found], np.float32)
+        scores = np.array([point.response for point in found], np.float32)
+        order = np.argsort(-scores, kind="stable")
+        if self.unique_locations:
+            _, first = np.unique(keypoints[order], axis=0, return_index=True)
+            order = order[np.sort(first)]
+        order = order[:self.max_keypoints]
+        sift = sift[order]
+        root = np.sqrt(sift / np.maximum(sift.sum(axis=1, keepdims=True), 1e-12))
+        return Features(keypoints[order], scores[order], root, image_size)
+
+
+def build_extractor(feature_type: str, **settings):
+    """Name of SPEC 1 -> a callable image (H, W) uint8 -> Features."""
+    if feature_type == "sift":
+        return Sift(**settings)
+    raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")
