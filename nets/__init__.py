@@ -1,0 +1,4 @@
+from nets.matchers import EIMP, GM, IMP, build_matcher
+from nets.superpoint import SuperPoint
+
+__all__ = ["EIMP", "GM", "IMP", "SuperPoint", "build_matcher"]

@@ -1,0 +1,124 @@
+"""Descriptors of two views -> assignment matrix with dustbins -> mutual matches (SPEC 8)."""
+import torch
+from torch import Tensor
+
+_EPS = 1e-8
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Row and column scaling of a positive matrix, with the exact gradient of the unrolled steps.
+
+    The backward pass keeps the scaling vectors of each step instead of a graph: each step costs one
+    matrix-vector product, and the gradients of all steps with respect to the matrix are one matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx, p: Tensor, r: Tensor, c: Tensor, iterations: int) -> Tensor:
+        """p (B, m, n) positive; r (B, m), c (B, n) totals. Returns p * u v^T, (B, m, n)."""
+        keep_steps = ctx.needs_input_grad[0]
+        p_t = p.transpose(1, 2)
+        u, v = torch.ones_like(r), torch.ones_like(c)
+        row_scales, column_scales = [], [v]
+        row_sums, column_sums = [], []
+        for _ in range(iterations):
+            row_sum = torch.bmm(p, v.unsqueeze(-1)).squeeze(-1).add_(_EPS)
+            u = r / row_sum
+            column_sum = torch.bmm(p_t, u.unsqueeze(-1)).squeeze(-1).add_(_EPS)
+            v = c / column_sum
+            if keep_steps:
+                row_scales.append(u)
+                row_sums.append(row_sum)
+                column_scales.append(v)
+                column_sums.append(column_sum)
+        if keep_steps:
+            ctx.steps = [torch.stack(vectors) for vectors in (row_scales, row_sums, column_scales, column_sums)]
+            ctx.save_for_backward(p)
+        return p * u.unsqueeze(-1) * v.unsqueeze(-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (p,) = ctx.saved_tensors
+        u, a, v, b = ctx.steps  # u, a: steps 1..k; v: steps 0..k; b: steps 1..k
+        p_t = p.transpose(1, 2)
+        grad_p = grad * u[-1].unsqueeze(-1) * v[-1].unsqueeze(-2)
+        weighted = grad * p
+        grad_u = torch.bmm(weighted, v[-1].unsqueeze(-1)).squeeze(-1)
+        grad_v = torch.bmm(weighted.transpose(1, 2), u[-1].unsqueeze(-1)).squeeze(-1)
+        left, right = [], []  # grad of p from each step: an outer product of a row and a column vector
+        for k in reversed(range(len(u))):
+            grad_b = -grad_v * v[k + 1] / b[k]
+            grad_u = grad_u + torch.bmm(p, grad_b.unsqueeze(-1)).squeeze(-1)
+            grad_a = -grad_u * u[k] / a[k]
+            left += [u[k], grad_a]
+            right += [grad_b, v[k]]
+            grad_v = torch.bmm(p_t, grad_a.unsqueeze(-1)).squeeze(-1)
+            grad_u = torch.zeros_like(grad_u)
+        grad_p.baddbmm_(torch.stack(left, dim=-1), torch.stack(right, dim=1))
+        return grad_p, None, None, None
+
+
+def sinkhorn(p: Tensor, r: Tensor, c: Tensor, iterations: int) -> Tensor:
+    """`iterations` times u = r / (p v + eps), v = c / (p^T u + eps), from ones; returns p * u v^T.
+
+    p (B, m, n) non-negative; r (B, m); c (B, n).
+    """
+    return _Sinkhorn.apply(p, r, c, iterations)
+
+
+def assign(x0: Tensor, x1: Tensor, bin_score: Tensor, with_sinkhorn: bool, iterations: int,
+           keep0: Tensor | None = None, keep1: Tensor | None = None) -> Tensor:
+    """Assignment of projected descriptors x0 (B, N0, D), x1 (B, N1, D): (B, N0+1, N1+1) with dustbins, float32 or wider.
+
+    keep0 (B, N0), keep1 (B, N1) or None: keypoints that take part; rows and columns of the others are zero, and the
+    rest is what it would be without them.
+    """
+    with torch.autocast(x0.device.type, enabled=False):
+        if x0.dtype in (torch.float16, torch.bfloat16):
+            x0, x1 = x0.float(), x1.float()
+        batch, n0, dim = x0.shape
+        n1 = x1.shape[1]
+        inner = torch.bmm(x0, x1.transpose(1, 2)) / dim ** 0.5
+        bin_score = bin_score.to(inner.dtype)
+        scores = torch.cat([inner, bin_score.expand(batch, n0, 1)], dim=2)
+        scores = torch.cat([scores, bin_score.expand(batch, 1, n1 + 1)], dim=1)
+
+        ones = scores.new_ones(batch, 1)
+        rows = torch.cat([scores.new_ones(batch, n0) if keep0 is None else keep0.to(scores.dtype), ones], dim=1)
+        columns = torch.cat([scores.new_ones(batch, n1) if keep1 is None else keep1.to(scores.dtype), ones], dim=1)
+        masked = keep0 is not None or keep1 is not None
+        if masked:
+            kept = rows.unsqueeze(-1) * columns.unsqueeze(-2)
+            scores = scores.masked_fill(kept == 0, torch.finfo(scores.dtype).min)
+        p = scores.softmax(dim=2)
+        if not with_sinkhorn:
+            p = p * scores.softmax(dim=1)
+        if masked:
+            p = p * kept
+        if with_sinkhorn:
+            r = torch.cat([rows[:, :-1], rows.sum(dim=1, keepdim=True)], dim=1)
+            c = torch.cat([columns[:, :-1], columns.sum(dim=1, keepdim=True)], dim=1)
+            p = sinkhorn(p, r, c, iterations)
+        return p
+
+
+@torch.no_grad()
+def mutual_matches(assignment: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Assignment (B, N0+1, N1+1) -> matches0 (B, N0), matches1 (B, N1), int64 index or -1, and their scores.
+
+    A match is a mutual argmax of the inner block with score > threshold; scores are 0 where not mutual.
+    """
+    inner = assignment[:, :-1, :-1]
+    batch, n0, n1 = inner.shape
+    if n0 == 0 or n1 == 0:
+        none = [torch.full((batch, n), -1, dtype=torch.int64, device=inner.device) for n in (n0, n1)]
+        return *none, inner.new_zeros(batch, n0), inner.new_zeros(batch, n1)
+    best0, index0 = inner.max(dim=2)
+    index1 = inner.argmax(dim=1)
+    mutual0 = index1.gather(1, index0) == torch.arange(n0, device=inner.device)
+    mutual1 = index0.gather(1, index1) == torch.arange(n1, device=inner.device)
+    scores0 = torch.where(mutual0, best0, torch.zeros_like(best0))
+    scores1 = torch.where(mutual1, scores0.gather(1, index1), torch.zeros_like(best0[:, :1]))
+    matches0 = torch.where(scores0 > threshold, index0, -1)
+    matches1 = torch.where(scores1 > threshold, index1, -1)
+    return matches0, matches1, scores0, scores1

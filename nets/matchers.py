@@ -1,0 +1,274 @@
+"""The matchers GM, IMP and EIMP (SPEC 7, 8, 11): features of two views -> matches, one iteration at a time."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nets.assignment import assign, mutual_matches
+from nets.layers import (
+    ACTIVATIONS,
+    N_HEADS,
+    KeypointEncoder,
+    Linear,
+    OwnAttentionLayer,
+    SharedAttentionLayer,
+    normalize_keypoints,
+)
+from nets.losses import matching_loss_from_targets, restrict, targets_from_mask
+from nets.pooling import keep_indices, keep_mask
+
+POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
+
+
+def pools_after(t: int) -> bool:
+    """Whether EIMP pools at the end of iteration t (0-based)."""
+    return t >= 3 and t % 2 == 1
+
+
+class MatchingState:
+    """The two views of a batch between two iterations; `Matcher.iterate` yields it after each.
+
+    iteration: 0-based number of the iteration just done. x0 (B, N0, D), x1 (B, N1, D): descriptors now.
+    mask0/1 (B, N) or None: real keypoints. keep0/1 (B, N) or None: those that pooling has not masked out.
+    indices0/1 (N,): which of the input's keypoints the rows are, once some were removed.
+    """
+
+    def __init__(self, matcher: "Matcher", x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None):
+        self.matcher = matcher
+        self.iteration = -1
+        self.x0, self.x1 = x0, x1
+        self.mask0, self.mask1 = mask0, mask1
+        self.keep0, self.keep1 = mask0, mask1
+        self.indices0 = torch.arange(x0.shape[1], device=x0.device)
+        self.indices1 = torch.arange(x1.shape[1], device=x1.device)
+        self.n_input0, self.n_input1 = x0.shape[1], x1.shape[1]
+        self.attention_self = self.attention_cross = None
+        self._assignment = None
+
+    def advance(self) -> None:
+        """One iteration: self-attention, then cross-attention."""
+        self.iteration += 1
+        self._assignment = None
+        per_sample = self.matcher.pools and self.iteration >= 2
+        for kind in (0, 1):
+            layer = self.matcher.gnn.layers[2 * self.iteration + kind]
+            cross = kind == 1
+            if isinstance(layer, SharedAttentionLayer):
+                attention = self.attention_cross if cross else self.attention_self
+                self.x0, self.x1 = layer(self.x0, self.x1, cross, attention, self.mask0, self.mask1, per_sample)
+                continue
+            self.x0, self.x1, attention = layer(self.x0, self.x1, cross, self.mask0, self.mask1, self.keep0,
+                                                self.keep1, per_sample)
+            if cross:
+                self.attention_cross = attention
+            else:
+                self.attention_self = attention
+
+    @property
+    def assignment(self) -> Tensor:
+        """Assignment of the present keypoints, (B, N0+1, N1+1) with dustbins, at this iteration."""
+        if self._assignment is None:
+            matcher, proj = self.matcher, self.matcher.final_proj[self.iteration]
+            self._assignment = assign(proj(self.x0), proj(self.x1), matcher.bin_score, matcher.with_sinkhorn,
+                                      matcher.sinkhorn_iterations, self.keep0, self.keep1)
+        return self._assignment
+
+    def matches(self, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """matches0, matches1 (B, N) int64 and their scores, of the input's keypoints; -1 and 0 for removed ones."""
+        matches0, matches1, scores0, scores1 = mutual_matches(self.assignment, threshold)
+        if len(self.indices0) == self.n_input0 and len(self.indices1) == self.n_input1:
+            return matches0, matches1, scores0, scores1
+        full = []
+        for matches, scores, own, other, n in ((matches0, scores0, self.indices0, self.indices1, self.n_input0),
+                                               (matches1, scores1, self.indices1, self.indices0, self.n_input1)):
+            named = torch.full_like(matches, -1)
+            found = matches >= 0
+            named[found] = other[matches[found]]
+            all_matches = matches.new_full((len(matches), n), -1)
+            all_matches[:, own] = named
+            all_scores = scores.new_zeros(len(scores), n)
+            all_scores[:, own] = scores
+            full.append((all_matches, all_scores))
+        return full[0][0], full[1][0], full[0][1], full[1][1]
+
+    def attention_masses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention received in self- and cross-attention: self0, cross0 (B, N0), self1, cross1 (B, N1), sum 1 each."""
+        self0 = self.attention_self[0].received_mass(self.mask0)
+        self1 = self.attention_self[1].received_mass(self.mask1)
+        cross0 = self.attention_cross[1].received_mass(self.mask1)
+        cross1 = self.attention_cross[0].received_mass(self.mask0)
+        return self0, cross0, self1, cross1
+
+    def mask_out(self, threshold: float) -> None:
+        """Pool by masking: keypoints that are not kept stay in the tensors, but are no keys and have no scores."""
+        if not self.x0.shape[1] or not self.x1.shape[1]:
+            return
+        self0, cross0, self1, cross1 = self.attention_masses()
+        n_min = self.matcher.n_min_tokens
+        keep0 = keep_mask(self.assignment, self0, cross0, threshold, n_min, self.keep0)
+        keep1 = keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min, self.keep1)
+        self.keep0, self.keep1 = keep0, keep1
+        self._assignment = None
+
+    @torch.no_grad()
+    def remove(self, threshold: float) -> None:
+        """Pool by removal, which makes the iterations that follow cheaper. One pair at a time (B = 1)."""
+        if len(self.x0) != 1:
+            raise ValueError("keypoints can be removed from one pair at a time: the views of a batch differ in number")
+        if not self.x0.shape[1] or not self.x1.shape[1]:
+            return
+        self0, cross0, self1, cross1 = self.attention_masses()
+        n_min = self.matcher.n_min_tokens
+        rows0 = keep_indices(self.assignment[0], self0[0], cross0[0], threshold, n_min)
+        rows1 = keep_indices(self.assignment[0].T, self1[0], cross1[0], threshold, n_min)
+        self.x0, self.x1 = self.x0[:, rows0], self.x1[:, rows1]
+        self.indices0, self.indices1 = self.indices0[rows0], self.indices1[rows1]
+        self.mask0, self.keep0 = (None if m is None else m[:, rows0] for m in (self.mask0, self.keep0))
+        self.mask1, self.keep1 = (None if m is None else m[:, rows1] for m in (self.mask1, self.keep1))
+        self.attention_self = (self.attention_self[0].select(rows0, rows0), self.attention_self[1].select(rows1, rows1))
+        self.attention_cross = (self.attention_cross[0].select(rows0, rows1),
+                                self.attention_cross[1].select(rows1, rows0))
+        self._assignment = None
+
+
+class Propagation(nn.Module):
+    """The 2L attention layers: even = self, odd = cross."""
+
+    def __init__(self, dim: int, n_layers: int, shares_attention: bool, norm_fn: str | None, ac_fn: str):
+        super().__init__()
+        layers = []
+        for t in range(n_layers):
+            shared = shares_attention and t >= 3 and t % 2 == 1
+            kind = SharedAttentionLayer if shared else OwnAttentionLayer
+            layers += [kind(dim, norm_fn, ac_fn), kind(dim, norm_fn, ac_fn)]
+        self.layers = nn.ModuleList(layers)
+
+
+class Matcher(nn.Module):
+    """What GM, IMP and EIMP have in common, which is all but two choices.
+
+    data: descriptors0/1 (B, N, D), scores0/1 (B, N), and norm_keypoints0/1 (B, N, 2), or keypoints0/1 (B, N, 2) in
+    pixels with image_size0/1 (B, 2) as (w, h); optionally mask0/1 (B, N) bool, True = real keypoint, False = padding;
+    for training also matching_mask (B, N0+1, N1+1).
+    """
+
+    shares_attention = False  # whether layers reuse the attention matrix of the iteration before
+    pools = False  # whether keypoints are dropped on the way
+
+    def __init__(self, descriptor_dim=256, n_layers=15, norm_fn="in", ac_fn="relu", with_sinkhorn=True,
+                 sinkhorn_iterations=20, match_threshold=0.2, n_min_tokens=256):
+        super().__init__()
+        if descriptor_dim % N_HEADS:
+            raise ValueError(f"descriptor_dim {descriptor_dim} is not a multiple of {N_HEADS}, the number of heads")
+        if ac_fn not in ACTIVATIONS:
+            raise ValueError(f"ac_fn {ac_fn!r}: expected one of {', '.join(ACTIVATIONS)}")
+        self.n_layers = n_layers
+        self.with_sinkhorn = with_sinkhorn
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.match_threshold = match_threshold
+        self.n_min_tokens = n_min_tokens
+        self.kenc = KeypointEncoder(descriptor_dim, norm_fn, ac_fn)
+        self.gnn = Propagation(descriptor_dim, n_layers, self.shares_attention, norm_fn, ac_fn)
+        self.final_proj = nn.ModuleList([Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
+        self.bin_score = nn.Parameter(torch.tensor(1.0))
+
+    def encode(self, data: dict) -> MatchingState:
+        """The state before the first iteration: descriptors plus encoded keypoints."""
+        views = []
+        for v in "01":
+            keypoints = data.get(f"norm_keypoints{v}")
+            if keypoints is None:
+                keypoints = normalize_keypoints(data[f"keypoints{v}"], data[f"image_size{v}"])
+            mask = data.get(f"mask{v}")
+            views.append((data[f"descriptors{v}"] + self.kenc(keypoints, data[f"scores{v}"], mask), mask))
+        (x0, mask0), (x1, mask1) = views
+        return MatchingState(self, x0, x1, mask0, mask1)
+
+    def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:
+        """Yield the state after each iteration; the caller may read its matches and pool before going on.
+
+        n_layers: how many iterations, at most and by default all that the network has.
+        """
+        n_layers = self.n_layers if n_layers is None else n_layers
+        if not 1 <= n_layers <= self.n_layers:
+            raise ValueError(f"n_layers {n_layers}: the network has {self.n_layers} iterations")
+        state = self.encode(data)
+        for _ in range(n_layers):
+            state.advance()
+            yield state
+
+    def forward(self, data: dict, n_layers: int | None = None) -> dict:
+        """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
+
+        In training mode, and with data["matching_mask"], also the scalars loss, matching_loss_corr,
+        matching_loss_incorr (means over iterations and batch), acc_corr, acc_incorr, total_acc_corr,
+        total_acc_incorr (counts per sample and iteration).
+        """
+        n_layers = self.n_layers if n_layers is None else n_layers
+        targets = targets_from_mask(data["matching_mask"]) if self.training and "matching_mask" in data else None
+        supervised = []
+        for state in self.iterate(data, n_layers):
+            if targets is not None:
+                supervised.append(self._supervise(state, targets))
+            if state.iteration == n_layers - 1:
+                matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
+            elif self.pools and pools_after(state.iteration):
+                state.mask_out(POOL_THRESHOLD)
+        out = {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
+        if supervised:
+            names = ("matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
+                     "total_acc_incorr")
+            out.update({name: torch.stack(values).mean() for name, values in zip(names, zip(*supervised))})
+            out["loss"] = out["matching_loss_corr"] + out["matching_loss_incorr"]
+        return out
+
+    def _supervise(self, state: MatchingState, targets):
+        """Losses and counts of one iteration, scalars in the order `forward` names them."""
+        targets = restrict(targets, state.keep0, state.keep1)
+        corr, incorr = matching_loss_from_targets(state.assignment, targets)
+        matches0 = mutual_matches(state.assignment, self.match_threshold)[0]
+        n1 = state.x1.shape[1]
+        is_match = (targets.matches0 >= 0) & (targets.matches0 < n1)
+        is_dustbin = targets.matches0 == n1
+        counts = (is_match & (matches0 == targets.matches0), is_dustbin & (matches0 < 0), is_match, is_dustbin)
+        return corr, incorr, *(count.sum() / len(matches0) for count in counts)
+
+    @torch.no_grad()
+    def match_all_iterations(self, data: dict, threshold: float = 0.2, pool_threshold: float = POOL_THRESHOLD,
+                             n_layers: int | None = None) -> tuple[Tensor, Tensor]:
+        """One-shot matching read at every iteration: matches0 (L, B, N0) int64, scores0 (L, B, N0)."""
+        all_matches, all_scores = [], []
+        for state in self.iterate(data, n_layers):
+            matches0, _, scores0, _ = state.matches(threshold)
+            all_matches.append(matches0)
+            all_scores.append(scores0)
+            if self.pools and pools_after(state.iteration):
+                state.mask_out(pool_threshold)
+        return torch.stack(all_matches), torch.stack(all_scores)
+
+
+class GM(Matcher):
+    """Every layer computes its own attention."""
+
+
+class IMP(Matcher):
+    """From iteration 3 on, every other iteration shares the attention of the one before."""
+
+    shares_attention = True
+
+
+class EIMP(Matcher):
+    """IMP that drops keypoints unlikely to be matched (SPEC 11)."""
+
+    shares_attention = True
+    pools = True
+
+
+MATCHERS = {"gm": GM, "imp": IMP, "dgnns": IMP, "eimp": EIMP, "adagmn": EIMP}
+
+
+def build_matcher(network: str, **options) -> Matcher:
+    """A matcher by its name in configs: gm, imp (or dgnns), eimp (or adagmn). Options as in `Matcher`."""
+    if network.lower() not in MATCHERS:
+        raise ValueError(f"unknown network {network!r}: known are {', '.join(MATCHERS)}")
+    return MATCHERS[network.lower()](**options)
