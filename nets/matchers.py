@@ -200,12 +200,12 @@ class Matcher(nn.Module):
     def forward(self, data: dict, n_layers: int | None = None) -> dict:
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
-        In training mode, and with data["matching_mask"], also the scalars loss, matching_loss_corr,
-        matching_loss_incorr (means over iterations and batch), acc_corr, acc_incorr, total_acc_corr,
-        total_acc_incorr (counts per sample and iteration).
+        With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
+        iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr (counts per sample and
+        iteration); every iteration's assignment is then computed.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
-        targets = targets_from_mask(data["matching_mask"]) if self.training and "matching_mask" in data else None
+        targets = targets_from_mask(data["matching_mask"]) if "matching_mask" in data else None
         supervised = []
         for state in self.iterate(data, n_layers):
             if targets is not None:

@@ -21,7 +21,7 @@ def opencv_to_colmap_K(K: np.ndarray) -> np.ndarray:
 
 
 def resize_K(K: np.ndarray, scale_x: float, scale_y: float) -> np.ndarray:
-    """Intrinsics (OpenCV's convention) of an image after resizing: a pixel (x + 0.5) / s - 0.5 keeps its place. (3, 3)."""
+    """Intrinsics (3, 3), OpenCV's convention, of an image resized by (scale_x, scale_y)."""
     K = opencv_to_colmap_K(K)
     K[0] *= scale_x
     K[1] *= scale_y

@@ -45,7 +45,8 @@ def _unpickle(stream, path):
         # latin1: arrays pickled by Python 2 hold their bytes as str
         return _ArrayUnpickler(stream, encoding="latin1").load()
     except Exception as error:
-        raise InputError(f"refused to unpickle {path}: {error} (only arrays, dicts, lists and numbers are read)") from None
+        raise InputError(f"refused to unpickle {path}: {error} (only arrays, dicts, lists and numbers are read)"
+                         ) from None
 
 
 def load_pickle(path):
@@ -60,7 +61,7 @@ def load_pickle(path):
 def _read_npy(stream, path):
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(stream)
+    dtype = read_header(stream)[-1]
     if dtype.hasobject:
         array = _unpickle(stream, path)
         if not isinstance(array, np.ndarray):

@@ -1,0 +1,201 @@
+"""Sets of image pairs to evaluate on (SPEC 13), read one pair at a time.
+
+A set has a length, `set.name(i)`, and `set[i]`, which returns an EvalPair or raises InputError for a pair that cannot
+be read.
+"""
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+
+from tools.cli import InputError
+from tools.correspondences import depth_at
+from tools.features import Features
+from tools.files import read_depth, read_image
+from tools.geometry import make_pose, relative_pose, resize_keypoints, turn_K, turn_keypoints, turn_pose
+
+# both views of a pair, and room for pairs that share an image; 2000 keypoints of 256 channels take 2 MB
+CACHED_IMAGES = 128
+HDF5_GROUPS = ("K1", "K2", "R", "T", "img_path1", "img_path2", "kpt1", "kpt2", "desc1", "desc2")
+
+
+@dataclass
+class EvalPair:
+    """Two views as a matcher sees them, upright, and what is known of their cameras.
+
+    index: place in the set. K0, K1: (3, 3), OpenCV's pixel convention, for the upright images, or None; T_0to1: (4, 4) or None.
+    depth0/1: (N,) at the keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image upright.
+    """
+
+    index: int
+    names: tuple[str, str]
+    image_paths: tuple[Path, Path]
+    features0: Features
+    features1: Features
+    K0: np.ndarray | None = None
+    K1: np.ndarray | None = None
+    T_0to1: np.ndarray | None = None
+    depth0: np.ndarray | None = None
+    depth1: np.ndarray | None = None
+    turns0: int = 0
+    turns1: int = 0
+
+
+def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
+    """Both images of a pair, (H, W, 3) BGR, turned as its keypoints are; InputError if one cannot be read."""
+    images = [read_image(path, color=True) for path in pair.image_paths]
+    return tuple(np.ascontiguousarray(np.rot90(image, turns))
+                 for image, turns in zip(images, (pair.turns0, pair.turns1)))
+
+
+class Hdf5PairSet:
+    """The file of features and pairs that the evaluation dump writes; files of that format made elsewhere read too.
+
+    path: the HDF5 file; image_dir: what the image paths in it are relative to.
+    """
+
+    def __init__(self, path, image_dir):
+        self.path, self.image_dir = Path(path), Path(image_dir)
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+        missing = [group for group in HDF5_GROUPS if group not in self.file]
+        if missing:
+            raise InputError(f"{path} is no evaluation dump: it lacks the group {missing[0]}; make it with dump.dump")
+        try:
+            self.indices = sorted(int(key) for key in self.file["kpt1"])
+        except ValueError:
+            raise InputError(f"{path} is no evaluation dump: the names in its groups are not pair indices") from None
+        if not self.indices:
+            raise InputError(f"{path} holds no pairs; delete it and run dump.dump again")
+
+    @property
+    def descriptor_dim(self) -> int:
+        """Channels of the descriptors in the file."""
+        return self.file[f"desc1/{self.indices[0]}"].shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, i: int) -> str:
+        """The i-th pair as a message names it."""
+        return f"pair {self.indices[i]}"
+
+    def __getitem__(self, i: int) -> EvalPair:
+        index = self.indices[i]
+        try:
+            names = tuple(_text(self.file[f"img_path{view}/{index}"][()]) for view in "12")
+            K0, K1 = (np.asarray(self.file[f"K{view}/{index}"], np.float64).reshape(3, 3) for view in "12")
+            R, t = self.file[f"R/{index}"][()], self.file[f"T/{index}"][()]
+            T_0to1 = make_pose(np.asarray(R, np.float64).reshape(3, 3), np.asarray(t, np.float64).reshape(3))
+            features = [self._features(index, view, name) for view, name in zip("12", names)]
+            depths = [self._depth(index, view, len(found.scores)) for view, found in zip("12", features)]
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(f"pair {index} of {self.path} is damaged: {error}") from None
+        paths = tuple(self.image_dir / name for name in names)
+        return EvalPair(i, names, paths, *features, K0, K1, T_0to1, *depths)
+
+    def _features(self, index: int, view: str, name: str) -> Features:
+        keypoints = self.file[f"kpt{view}/{index}"][()].astype(np.float32)
+        descriptors = self.file[f"desc{view}/{index}"][()].astype(np.float32)
+        if keypoints.ndim != 2 or keypoints.shape[1] != 3 or len(keypoints) != len(descriptors):
+            raise ValueError(f"kpt{view} of shape {keypoints.shape} with desc{view} of shape {descriptors.shape}")
+        size = self.file.get(f"size{view}/{index}")
+        if size is None:
+            height, width = read_image(self.image_dir / name).shape
+        else:
+            width, height = (int(side) for side in np.ravel(size[()]))
+        return Features(keypoints[:, :2].copy(), keypoints[:, 2].copy(), descriptors, (width, height))
+
+    def _depth(self, index: int, view: str, n_keypoints: int) -> np.ndarray | None:
+        depth = self.file.get(f"depth{view}/{index}")
+        return None if depth is None else depth[()].astype(np.float32).reshape(n_keypoints)
+
+
+class ListPairSet:
+    """Pairs of a list (`tools.pair_list.Pair`), features extracted on the fly.
+
+    Images are read as stored, resized, turned upright, and their keypoints given in pixels of the turned original.
+    extractor: image (H, W) uint8 -> Features. resize: (w, h) of the stored image, or (longer side,), or None.
+    depth_dir: the depth map of image a/b.jpg is a/b.h5 or a/b.png in it, for the image as stored (optional).
+    """
+
+    def __init__(self, pairs: list, image_dir, extractor, resize: tuple | None = None, depth_dir=None):
+        self.pairs, self.extractor, self.resize = pairs, extractor, resize
+        self.image_dir = Path(image_dir)
+        self.depth_dir = None if depth_dir is None else Path(depth_dir)
+        if not self.image_dir.is_dir():
+            raise InputError(f"no image folder at {image_dir}")
+        if self.depth_dir is not None and not any(self._depth_path(pair.image0) for pair in pairs):
+            raise InputError(f"no depth map of any pair in {depth_dir}: expected {Path(pairs[0].image0).stem}.h5 or "
+                             f".png in {self.depth_dir / Path(pairs[0].image0).parent}")
+        self._load = functools.lru_cache(maxsize=CACHED_IMAGES)(self._load)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, i: int) -> str:
+        """The i-th pair as a message names it."""
+        return f"{self.pairs[i].image0} {self.pairs[i].image1}"
+
+    def __getitem__(self, i: int) -> EvalPair:
+        pair = self.pairs[i]
+        features0, depth0, size0 = self._load(pair.image0, pair.rot0)
+        features1, depth1, size1 = self._load(pair.image1, pair.rot1)
+        K0 = K1 = T_0to1 = None
+        if pair.K0 is not None:
+            K0, K1 = turn_K(pair.K0, size0, pair.rot0), turn_K(pair.K1, size1, pair.rot1)
+        if pair.T_0to1 is not None:
+            T_0to1 = relative_pose(turn_pose(np.eye(4), pair.rot0), turn_pose(pair.T_0to1, pair.rot1))
+        return EvalPair(i, (pair.image0, pair.image1), (self.image_dir / pair.image0, self.image_dir / pair.image1),
+                        features0, features1, K0, K1, T_0to1, depth0, depth1, pair.rot0, pair.rot1)
+
+    def _depth_path(self, name: str) -> Path | None:
+        candidates = [(self.depth_dir / name).with_suffix(suffix) for suffix in (".h5", ".png")]
+        return next((path for path in candidates if path.is_file()), None)
+
+    def _load(self, name: str, turns: int) -> tuple[Features, np.ndarray | None, tuple[int, int]]:
+        """Features of the upright image, depth at its keypoints (or None), and the size (w, h) as stored."""
+        image = read_image(self.image_dir / name)
+        size = (image.shape[1], image.shape[0])
+        new_size = _new_size(size, self.resize)
+        if new_size != size:
+            # linear, also when shrinking: what the published results were made with
+            image = cv2.resize(image, new_size, interpolation=cv2.INTER_LINEAR)
+        found = self.extractor(np.ascontiguousarray(np.rot90(image, turns)))
+        # resized and turned -> resized as stored -> as stored -> turned original
+        keypoints = turn_keypoints(found.keypoints, found.image_size, -turns)
+        stored = resize_keypoints(keypoints, size[0] / new_size[0], size[1] / new_size[1])
+        upright_size = size if turns % 2 == 0 else size[::-1]
+        upright = turn_keypoints(stored, size, turns).astype(np.float32)
+        features = Features(upright, found.scores, found.descriptors, upright_size)
+        return features, self._depth_of(name, size, stored), size
+
+    def _depth_of(self, name: str, size: tuple[int, int], stored: np.ndarray) -> np.ndarray | None:
+        path = None if self.depth_dir is None else self._depth_path(name)
+        if path is None:
+            return None
+        depth = read_depth(path)
+        if depth.shape != size[::-1]:
+            raise InputError(f"{path} is {depth.shape[1]}x{depth.shape[0]}, its image {size[0]}x{size[1]}")
+        return depth_at(depth, stored)
+
+
+def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:
+    """Size (w, h) after resizing to (w, h), or by the longer side, which keeps the proportions."""
+    if resize is None:
+        return size
+    if len(resize) == 2:
+        return tuple(resize)
+    scale = resize[0] / max(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _text(value) -> str:
+    """A string as any writer of HDF5 stores it: bytes or str, alone or as the only element of an array."""
+    value = np.asarray(value).ravel()[0]
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,543 @@
+"""dump.dump_megadepth: the records, going on after an interruption, verification, bad input."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from plane_scene import SIZE, K, files_of, transfer, write_megadepth
+
+from dump import workers
+from dump.dump_megadepth import candidate_pairs, dump_megadepth, main, recipe_of, verify_dump
+from tools.cli import InputError, run
+from tools.features import Features, Sift
+from tools.files import read_image, write_depth, write_image
+from tools.geometry import opencv_to_colmap_K
+from tools.manifest import keypoint_path, load_dump, match_path
+from tools.records import read_record, write_record
+from tools.scene_info import load_scene_info, write_scene_info
+
+ROOT = Path(__file__).parent.parent
+MIN_KEYPOINTS = 200
+ARGUMENTS = ["--feature_type", "sift", "--min_keypoints", str(MIN_KEYPOINTS)]
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """Two scenes of four images, never written to."""
+    root = tmp_path_factory.mktemp("megadepth")
+    write_megadepth(root, "0000")
+    write_megadepth(root, "0001", seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(pristine, tmp_path_factory):
+    """The dump of `pristine`, never written to."""
+    out = tmp_path_factory.mktemp("dump") / "out"
+    assert dump(pristine, out) == 0
+    return out
+
+
+@pytest.fixture
+def base(pristine, tmp_path):
+    """A copy of `pristine` to spoil."""
+    return shutil.copytree(pristine, tmp_path / "base")
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of `finished` to spoil."""
+    return shutil.copytree(finished, tmp_path / "spoilt")
+
+
+def dump(base, out, *more):
+    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *more])
+
+
+def change_info(base, scene="0000", **changes):
+    """Rewrite a scene_info with fields replaced."""
+    path = base / "scene_info" / f"{scene}.0.npz"
+    write_scene_info(path, {**load_scene_info(path), **changes})
+
+
+# what is written
+
+def test_records(pristine, finished):
+    poses = load_scene_info(pristine / "scene_info" / "0000.0.npz")["poses"]
+    record = read_record(finished / "keypoints" / "0000" / "1.jpg_sift.npy")
+    n = len(record["keypoints"])
+    assert list(record) == ["image_path", "depth_path", "image_size", "intrinsics", "pose", "keypoints", "scores",
+                            "descriptors", "depth"]
+    assert {name: (record[name].dtype, record[name].shape) for name in list(record)[5:]} == {
+        "keypoints": (np.float32, (n, 2)), "scores": (np.float32, (n,)), "descriptors": (np.float16, (n, 128)),
+        "depth": (np.float32, (n,))}
+    assert record["image_path"] == "Undistorted_SfM/0000/images/1.jpg"
+    assert record["depth_path"] == "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/1.h5"
+    assert tuple(record["image_size"]) == SIZE
+    np.testing.assert_array_equal(record["intrinsics"], opencv_to_colmap_K(K))
+    np.testing.assert_array_equal(record["pose"], poses[1])
+    expected = Sift()(read_image(pristine / record["image_path"]))
+    np.testing.assert_array_equal(record["keypoints"], expected.keypoints)
+    np.testing.assert_allclose(record["descriptors"], expected.descriptors, atol=1e-3)
+    assert n >= MIN_KEYPOINTS and (record["depth"] > 0).all()
+
+
+def test_matches_are_true(pristine, finished):
+    """Every match record is a pair in order, and every match lands where the plane's homography says."""
+    poses = load_scene_info(pristine / "scene_info" / "0000.0.npz")["poses"]
+    seen, n_pairs = [], load_dump(finished)["scenes"]["0000"]
+    assert n_pairs >= 8
+    for i in range(n_pairs):
+        record = read_record(match_path(finished, "0000", i))
+        assert list(record) == ["image_path0", "image_path1", "intrinsics0", "intrinsics1", "pose0", "pose1",
+                                "matches", "overlap"]
+        assert record["overlap"] == 0.5
+        matches = record["matches"]
+        assert matches.dtype == np.int32 and len(matches) > 20
+        views = [int(Path(record[f"image_path{v}"]).stem) for v in (0, 1)]
+        seen.append(tuple(views))
+        for v in (0, 1):
+            np.testing.assert_array_equal(record[f"pose{v}"], poses[views[v]])
+        keypoints = [read_record(keypoint_path(finished, "0000", record[f"image_path{v}"], "sift"))["keypoints"]
+                     for v in (0, 1)]
+        moved = transfer(keypoints[0][matches[:, 0]], record["pose0"], record["pose1"])
+        error = np.linalg.norm(moved - keypoints[1][matches[:, 1]], axis=1)
+        assert error.max() < 5.5 and np.median(error) < 1  # depth is read at the floor: up to half a pixel off
+    assert seen == sorted(seen) and len(set(seen)) == len(seen)
+    assert not match_path(finished, "0000", n_pairs).exists()
+
+
+def test_index_and_counts(finished):
+    assert json.loads((finished / "dump.json").read_text()) == {
+        "format": "imp-dump", "version": 1, "feature_type": "sift",
+        "settings": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False,
+                     "min_keypoints": MIN_KEYPOINTS, "descriptor_dtype": "float16"}}
+    counts = json.loads((finished / "scenes" / "0000.json").read_text())
+    assert counts["images"] == counts["candidate_images"] == 4 and counts["candidate_pairs"] == 12
+    assert counts["pairs"] + sum(counts["rejected"].values()) == 12
+    files = [path for folder in ("keypoints", "matches") for path in (finished / folder / "0000").iterdir()]
+    assert counts["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_candidate_pairs():
+    n = 5
+    overlap = np.full((n, n), -1.0)
+    overlap[0, 1], overlap[1, 0] = 0.1, 0.05  # one direction only, at the limit
+    overlap[2, 0], overlap[0, 2] = 0.8, 0.81
+    overlap[1, 2] = overlap[2, 1] = 0.5  # too few shared points
+    overlap[0, 3] = overlap[3, 0] = overlap[0, 4] = 0.5  # no image, no depth
+    np.fill_diagonal(overlap, 0.5)
+    info = {"image_paths": ["a", "b", "c", None, "e"], "depth_paths": ["a", "b", "c", "d", None],
+            "intrinsics": [K] * n, "poses": [np.eye(4)] * n, "overlap_matrix": overlap,
+            "points3D_id_to_2D": [dict.fromkeys(points) for points in
+                                  (range(100), range(20), range(1, 100), range(100), range(100))]}
+    assert candidate_pairs(info).tolist() == [[0, 1], [2, 0]]
+    info["points3D_id_to_2D"][1].popitem()
+    assert candidate_pairs(info).tolist() == [[2, 0]]
+
+
+def test_options_reach_the_records(pristine, tmp_path):
+    assert dump(pristine, tmp_path, "--max_keypoints", "250", "--unique_locations", "--descriptor_dtype", "float32",
+                "--contrast_threshold", "0.03") == 0
+    record = read_record(tmp_path / "keypoints" / "0000" / "0.jpg_sift.npy")
+    assert record["descriptors"].dtype == np.float32
+    assert len(record["keypoints"]) == 250 == len(np.unique(record["keypoints"], axis=0))
+    assert load_dump(tmp_path)["settings"]["contrast_threshold"] == 0.03
+
+
+def test_scene_list(pristine, tmp_path):
+    (tmp_path / "list.txt").write_text("# one of two\n0001\n")
+    assert dump(pristine, tmp_path / "out", "--scene_list", str(tmp_path / "list.txt")) == 0
+    assert list(load_dump(tmp_path / "out")["scenes"]) == ["0001"]
+
+
+def test_any_number_of_workers_gives_the_same(pristine, finished, tmp_path):
+    assert dump(pristine, tmp_path / "out", "--workers", "2") == 0
+    assert files_of(tmp_path / "out") == files_of(finished)
+
+
+def test_network_stays_in_the_parent(pristine, tmp_path, monkeypatch):
+    """spp: one extractor, here, on the device asked for; files are read by a thread, results stay in order."""
+    built = []
+
+    class Network:
+        def __init__(self, feature_type, **settings):
+            built.append((feature_type, settings))
+
+        def __call__(self, image):
+            found = Sift()(image)
+            return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
+
+    monkeypatch.setattr(workers, "build_extractor", Network)
+    recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
+    assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
+    assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"})]
+    record = read_record(tmp_path / "keypoints" / "0000" / "2.jpg_spp.npy")
+    assert record["image_path"].endswith("/2.jpg") and record["descriptors"].shape[1] == 256
+    assert verify_dump(tmp_path)[1] == []
+
+
+# interruption
+
+def start(base, out, *more):
+    """The command in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "dump.dump_megadepth", "--base_path", base, "--save_path", out,
+                             *ARGUMENTS, *more], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_records(process, out, n):
+    """Wait until the dump holds n records, or the process has ended."""
+    while process.poll() is None and sum(1 for _ in out.glob("*/*/[!.]*.npy")) < n:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("n_workers, kills", [("1", 4), ("2", 2)])
+def test_killed_anywhere_ends_with_the_same_bytes(pristine, finished, tmp_path, n_workers, kills):
+    rng = np.random.default_rng()
+    out = tmp_path / "out"
+    for n in sorted(rng.integers(0, 28, kills)):
+        process = start(pristine, out, "--workers", n_workers)
+        wait_for_records(process, out, n)
+        time.sleep(rng.random() * 0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        until = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not any(os.path.exists(f"/proc/{child}") for child in children), "workers outlive a killed parent"
+    for stray in ("keypoints/0001/.x.1.tmp.npy", "matches/0001/.1.1.tmp.npy", "scenes/.0001.1.tmp.json"):
+        (out / stray).parent.mkdir(parents=True, exist_ok=True)
+        (out / stray).write_bytes(b"half")
+        (out / "scenes" / "0001.json").unlink(missing_ok=True)
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+@pytest.mark.parametrize("number, n_workers", [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
+def test_signal_stops_cleanly(pristine, tmp_path, number, n_workers):
+    process = start(pristine, tmp_path, "--workers", n_workers)
+    wait_for_records(process, tmp_path, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "stopped\n"
+    assert not list(tmp_path.rglob(".*"))
+    assert not (tmp_path / "scenes" / "0001.json").exists()
+
+
+def test_goes_on_after_the_last_match(pristine, out, monkeypatch):
+    """What is there is not made again: kept keypoint and match records stay as they are."""
+    untouched = files_of(out)
+    (out / "scenes" / "0000.json").unlink()
+    (out / "keypoints" / "0000" / "3.jpg_sift.npy").unlink()
+    for record in (out / "matches" / "0000").iterdir():
+        if int(record.stem) >= 4:
+            record.unlink()
+    old = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+    assert dump(pristine, out) == 0
+    assert files_of(out) == untouched
+    assert {path: path.stat().st_mtime_ns for path in old} == old
+
+
+def test_gap_in_the_matches_is_filled(pristine, out):
+    untouched = files_of(out)
+    (out / "scenes" / "0000.json").unlink()
+    match_path(out, "0000", 2).unlink()
+    match_path(out, "0000", 5).write_bytes(b"spoilt, after the gap")
+    assert dump(pristine, out) == 0
+    assert files_of(out) == untouched
+
+
+def test_changed_data_is_noticed(base, out, capsys):
+    (out / "scenes" / "0000.json").unlink()
+    change_info(base, overlap_matrix=np.eye(4))
+    assert dump(base, out) == 1
+    assert "the data changed since it was begun; delete" in capsys.readouterr().err
+    assert not (out / "scenes" / "0000.json").exists()
+
+
+def test_full_disk_is_one_line(pristine, tmp_path):
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
+            "from dump.dump_megadepth import main; from tools.cli import run; sys.exit(run(main))"
+    result = subprocess.run([sys.executable, "-c", limit, "--base_path", pristine, "--save_path", tmp_path,
+                             "--workers", "1", *ARGUMENTS], cwd=ROOT, capture_output=True, text=True)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: cannot write to") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*/*/*"))
+
+
+# workers
+
+def test_look_ahead_is_bounded():
+    started = []
+    with ThreadPoolExecutor(4) as pool:
+        results = workers.in_order(pool, lambda task: started.append(task) or task, range(100), ahead=6)
+        assert [next(results) for _ in range(10)] == list(range(10))
+        assert max(started) < 10 + 6
+        assert list(results) == list(range(10, 100))
+
+
+def test_dead_worker_is_one_line():
+    with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
+        list(workers.in_order(pool, os._exit, [1, 1], ahead=2))
+
+
+# bad input
+
+def assert_error(capsys, status, *words):
+    errors = capsys.readouterr().err
+    assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1, errors
+    for word in words:
+        assert word in errors
+
+
+def test_missing_base_path(tmp_path, capsys):
+    assert_error(capsys, dump(tmp_path / "nowhere", tmp_path / "out"), "nowhere", "--base_path")
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_path_without_scene_info(tmp_path, capsys):
+    assert_error(capsys, dump(tmp_path, tmp_path / "out"), "no scene_info")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_scene(pristine, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("0000\n0077\n")
+    assert_error(capsys, dump(pristine, tmp_path / "out", "--scene_list", str(tmp_path / "list.txt")), "0077")
+
+
+def test_setting_of_another_feature():
+    with pytest.raises(InputError, match="contrast_threshold is no setting of spp"):
+        recipe_of("spp", contrast_threshold=0.1)
+
+
+def test_no_workers(pristine, tmp_path, capsys):
+    assert_error(capsys, dump(pristine, tmp_path / "out", "--workers", "0"), "--workers")
+
+
+@pytest.mark.parametrize("change, names", [
+    (["--contrast_threshold", "0.02"], "contrast_threshold 0.04, now it is 0.02"),
+    (["--min_keypoints", "201"], "min_keypoints 200, now it is 201"),
+    (["--unique_locations"], "unique_locations False, now it is True"),
+    (["--descriptor_dtype", "float32"], "descriptor_dtype"),
+])
+def test_other_settings_are_refused(pristine, out, capsys, change, names):
+    untouched = files_of(out)
+    assert_error(capsys, dump(pristine, out, *change), names)
+    assert files_of(out) == untouched
+
+
+def test_other_version_is_refused(pristine, out, capsys):
+    manifest = json.loads((out / "dump.json").read_text())
+    (out / "dump.json").write_text(json.dumps({**manifest, "version": 0}))
+    assert_error(capsys, dump(pristine, out), "version 0, now it is 1")
+
+
+def test_foreign_folder_is_refused(pristine, tmp_path, capsys):
+    (tmp_path / "keypoints").mkdir()
+    assert_error(capsys, dump(pristine, tmp_path), "without dump.json")
+
+
+def test_unreadable_image_and_depth_of_another_size(base, tmp_path, capsys):
+    """Both images are left out and listed, their pairs are not made, the others are; a second run says so again."""
+    images = base / "Undistorted_SfM" / "0000" / "images"
+    (images / "1.jpg").write_bytes(b"no image")
+    write_depth(base / "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/2.h5", np.ones((120, 320)))
+    for _ in range(2):
+        assert dump(base, tmp_path / "out") == 1
+        errors = capsys.readouterr().err
+        assert "1.jpg: not a readable image" in errors and "is 320x120, the image 320x240" in errors
+    counts = json.loads((tmp_path / "out" / "scenes" / "0000.json").read_text())
+    assert counts["images"] == 2 and counts["rejected"]["image_left_out"] == 10 and len(counts["skipped"]) == 2
+    names = {read_record(path)[name][-5:] for path in (tmp_path / "out" / "matches" / "0000").iterdir()
+             for name in ("image_path0", "image_path1")}
+    assert names <= {"0.jpg", "3.jpg"}
+    assert load_dump(tmp_path / "out")["scenes"]["0001"] > 0
+    assert verify_dump(tmp_path / "out")[1] == []
+
+
+def test_missing_and_broken_depth(base, tmp_path, capsys):
+    depths = base / "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths"
+    (depths / "0.h5").unlink()
+    (depths / "1.h5").write_bytes((depths / "1.h5").read_bytes()[:2000])
+    assert dump(base, tmp_path / "out") == 1
+    errors = capsys.readouterr().err
+    assert "depth map not found" in errors and "not a depth map" in errors
+
+
+def test_too_few_keypoints_is_no_error(base, tmp_path, capsys):
+    write_image(base / "Undistorted_SfM" / "0000" / "images" / "3.jpg", np.full(SIZE[::-1], 90, np.uint8))
+    assert dump(base, tmp_path / "out") == 0
+    assert "1 images have fewer keypoints than --min_keypoints" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "out" / "scenes" / "0000.json").read_text())
+    assert counts["few_keypoints"] == 1 and counts["images"] == 3 and counts["skipped"] == []
+    assert not (tmp_path / "out" / "keypoints" / "0000" / "3.jpg_sift.npy").exists()
+
+
+def test_min_keypoints_is_inclusive(pristine, tmp_path):
+    n = len(Sift()(read_image(pristine / "Undistorted_SfM/0000/images/0.jpg")).keypoints)
+    for least, expected in ((n, True), (n + 1, False)):
+        dump(pristine, tmp_path / str(least), "--min_keypoints", str(least))
+        assert (tmp_path / str(least) / "keypoints/0000/0.jpg_sift.npy").exists() == expected
+
+
+def test_few_keypoints_with_depth(base, tmp_path):
+    """An image with 20 keypoints at known depth is in no pair, one with 21 may be."""
+    image_path, depth_path = (base / path for path in ("Undistorted_SfM/0000/images/0.jpg",
+                                                       "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/0.h5"))
+    places = np.floor(Sift(unique_locations=True)(read_image(image_path)).keypoints).astype(int)
+    places = np.unique(places, axis=0)
+    depth = np.zeros(SIZE[::-1], np.float32)
+    for n in (20, 21):
+        depth[places[:n, 1], places[:n, 0]] = 4
+        write_depth(depth_path, depth)
+        dump(base, tmp_path / str(n), "--unique_locations")
+        record = read_record(tmp_path / str(n) / "keypoints/0000/0.jpg_sift.npy")
+        if np.count_nonzero(record["depth"]) == n:
+            counts = json.loads((tmp_path / str(n) / "scenes" / "0000.json").read_text())
+            assert counts["rejected"]["few_keypoints_with_depth"] == (6 if n == 20 else 0)
+
+
+def test_scene_without_valid_pairs(base, tmp_path, capsys):
+    change_info(base, overlap_matrix=np.full((4, 4), 0.9))
+    assert dump(base, tmp_path / "out") == 0
+    assert "1 scenes have no valid pair: 0000" in capsys.readouterr().out
+    assert list(load_dump(tmp_path / "out")["scenes"]) == ["0001"]
+    with pytest.raises(InputError, match="has no pairs"):
+        load_dump(tmp_path / "out", ["0000"])
+
+
+def test_none_entries_are_no_candidates(base, tmp_path):
+    info = load_scene_info(base / "scene_info" / "0000.0.npz")
+    for name in ("image_paths", "depth_paths", "intrinsics", "poses", "points3D_id_to_2D"):
+        info[name][2] = None
+    change_info(base, **info)
+    assert dump(base, tmp_path / "out") == 0
+    counts = json.loads((tmp_path / "out" / "scenes" / "0000.json").read_text())
+    assert counts["candidate_pairs"] == 6 and counts["candidate_images"] == 3
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"overlap_matrix": np.ones((3, 3))}, "overlap_matrix is (3, 3), for 4 images"),
+    ({"image_paths": [f"{i}/same.jpg" for i in range(4)]}, "two images have the same file name"),
+    ({"poses": [np.eye(4)] * 3}, "poses is missing, or not for 4 images"),
+])
+def test_bad_scene_info_leaves_the_other_scenes(base, tmp_path, capsys, changes, words):
+    change_info(base, **changes)
+    assert dump(base, tmp_path / "out") == 1
+    assert words in capsys.readouterr().err
+    assert list(load_dump(tmp_path / "out")["scenes"]) == ["0001"]
+
+
+def test_damaged_scene_info(base, tmp_path, capsys):
+    for scene in ("0000", "0001"):
+        path = base / "scene_info" / f"{scene}.0.npz"
+        path.write_bytes(path.read_bytes()[:500])
+        assert dump(base, tmp_path / "out") == (1 if scene == "0000" else 2)
+        assert f"scene {scene}: " in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "out")
+
+
+# reading it back
+
+def test_load_dump(finished, out, tmp_path):
+    dump = load_dump(finished)
+    assert dump["feature_type"] == "sift" and dump["incomplete"] == [] and set(dump["scenes"]) == {"0000", "0001"}
+    assert list(load_dump(finished, ["0001"])["scenes"]) == ["0001"]
+    with pytest.raises(InputError, match="is no dump"):
+        load_dump(tmp_path)
+    with pytest.raises(InputError, match=r"lacks 1 of the 2 scenes asked for \(0099\)"):
+        load_dump(finished, ["0000", "0099"])
+    (out / "scenes" / "0000.json").unlink()
+    assert load_dump(out)["incomplete"] == ["0000"] and list(load_dump(out)["scenes"]) == ["0001"]
+    (out / "scenes" / "0001.json").unlink()
+    with pytest.raises(InputError, match="no pairs; unfinished scenes: 0000, 0001"):
+        load_dump(out)
+    (out / "dump.json").write_text('{"format": "imp-dump", "version": 7}')
+    with pytest.raises(InputError, match="version 7"):
+        load_dump(out)
+
+
+def verify(out):
+    return run(main, ["--verify", "--save_path", str(out)])
+
+
+def test_verify_good(finished, capsys):
+    assert verify(finished) == 0
+    assert "0 problems" in capsys.readouterr().out
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def out_of_range(path):
+    record = read_record(path)
+    record["matches"] = record["matches"].copy()
+    record["matches"][0, 1] = 4096
+    write_record(path, record)
+
+
+def twice(path):
+    record = read_record(path)
+    record["matches"] = record["matches"].copy()
+    record["matches"][1] = record["matches"][0]
+    write_record(path, record)
+
+
+def shorter(path):
+    record = read_record(path)
+    write_record(path, {**record, "scores": record["scores"][1:]})
+
+
+def not_finite(path):
+    record = read_record(path)
+    write_record(path, {**record, "pose": record["pose"] * np.nan})
+
+
+@pytest.mark.parametrize("file, spoil, words", [
+    ("keypoints/0000/1.jpg_sift.npy", truncate, "not a whole record"),
+    ("keypoints/0000/1.jpg_sift.npy", Path.unlink, "3 keypoint records, 4 expected"),
+    ("keypoints/0000/1.jpg_sift.npy", shorter, "scores is"),
+    ("keypoints/0000/1.jpg_sift.npy", not_finite, "pose has values that are not finite"),
+    ("matches/0000/2.npy", truncate, "not a whole record"),
+    ("matches/0000/2.npy", Path.unlink, "cannot read record"),
+    ("matches/0000/2.npy", out_of_range, "out of the range of"),
+    ("matches/0000/2.npy", twice, "matched twice"),
+    ("matches/0000/77.npy", Path.touch, "does not belong"),
+    ("scenes/0000.json", Path.unlink, "scene 0000: not complete"),
+])
+def test_verify_finds(out, capsys, file, spoil, words):
+    spoil(out / file)
+    assert verify(out) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_verify_no_dump(tmp_path, capsys):
+    assert_error(capsys, verify(tmp_path), "is no dump")
+
+
+def test_threads_do_not_matter(pristine):
+    """Workers use one thread of OpenCV, a single process uses all: the features must be the same."""
+    image = read_image(pristine / "Undistorted_SfM" / "0000" / "images" / "0.jpg")
+    threads = cv2.getNumThreads()
+    try:
+        found = []
+        for n in (1, 4):
+            cv2.setNumThreads(n)
+            found.append(Sift()(image))
+    finally:
+        cv2.setNumThreads(threads)
+    np.testing.assert_array_equal(found[0].keypoints, found[1].keypoints)
+    np.testing.assert_array_equal(found[0].descriptors, found[1].descriptors)

@@ -1,0 +1,109 @@
+"""Checkpoints: written whole, loaded without running code, and clear about what does not fit.
+
+A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
+and what else is needed to go on.
+"""
+import re
+from pathlib import Path
+
+import torch
+
+from nets import build_matcher
+from tools.cli import InputError
+from tools.features import DESCRIPTOR_DIM
+from tools.files import atomic_path
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+def save_checkpoint(path, content: dict) -> None:
+    """Write a checkpoint, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path, device="cpu") -> dict:
+    """Read a checkpoint file -> dict with the entry `model`; a bare state dict is taken as `model`."""
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint: {reason[:200]}") from None
+    if isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values()):
+        content = {"model": content}
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
+    return content
+
+
+def describe_weights(state: dict) -> dict:
+    """What a matcher's state dict says of its network: network, descriptor_dim, n_layers, norm_fn ({} if none).
+
+    IMP and EIMP have the same parameters; both are called imp.
+    """
+    n_layers = len([key for key in state if re.fullmatch(r"final_proj\.\d+\.weight", key)])
+    if not n_layers:
+        return {}
+    shares = any(re.fullmatch(r"gnn\.layers\.\d+\.proj\.weight", key) for key in state)
+    if "gnn.layers.0.mlp.2.weight" in state:
+        norm_fn = None
+    else:
+        norm_fn = "bn" if "gnn.layers.0.mlp.1.weight" in state else "in"
+    # up to three iterations, nothing is shared and the three networks are one
+    network = "imp" if shares or n_layers <= 3 else "gm"
+    return {"network": network, "descriptor_dim": state["final_proj.0.weight"].shape[0], "n_layers": n_layers,
+            "norm_fn": norm_fn}
+
+
+def load_weights(module: torch.nn.Module, state: dict, path) -> None:
+    """Load a state dict with strict keys and shapes; InputError names the first that is wrong and what the file is for."""
+    own = module.state_dict()
+    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        if wrong:
+            key = wrong[0]
+            problem = f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(own[key].shape)}"
+        else:
+            problem = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the network has not"
+        made_for = ", ".join(f"{name} {value}" for name, value in describe_weights(state).items())
+        raise InputError(f"{path} does not fit this network: {problem}"
+                         + (f" (the file is for {made_for})" if made_for else ""))
+    module.load_state_dict(state, strict=True)
+
+
+def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **options):
+    """Build the matcher that a checkpoint holds, in evaluation mode on `device`.
+
+    network: gm, imp or eimp; layers and norm come from the file, what it does not say (activation) from the `config`
+    it may carry; options override both (those of `nets.build_matcher`).
+    """
+    content = load_checkpoint(path)
+    found = describe_weights(content["model"])
+    if not found:
+        raise InputError(f"{path} holds no matcher: it has no final_proj weights")
+    if found["descriptor_dim"] != descriptor_dim:
+        raise InputError(f"{path} is for descriptors of {found['descriptor_dim']} channels, not {descriptor_dim}: "
+                         "check --feature_type")
+    if (network == "gm") != (found["network"] == "gm") and found["n_layers"] > 3:
+        raise InputError(f"{path} holds the network {found['network']}, not {network}")
+    config = content.get("config", {})
+    settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
+    settings.update({key: config[key] for key in ("ac_fn", "with_sinkhorn", "n_min_tokens") if key in config})
+    matcher = build_matcher(network, **{**settings, **options})
+    load_weights(matcher, content["model"], path)
+    return matcher.float().eval().to(device)
+
+
+def default_weights(method: str, feature_type: str, dataset: str | None = None) -> Path:
+    """The file of SPEC 13 for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM); InputError says what to put where."""
+    name = f"{method.lower()}_{feature_type}"
+    if method.lower().endswith("_geo") and feature_type == "spp" and dataset is not None:
+        name += f"_{dataset}"
+    path = WEIGHTS / f"{name}.pth"
+    if not path.is_file():
+        raise InputError(f"no weights for {method} with {feature_type} ({DESCRIPTOR_DIM[feature_type]} channels): "
+                         f"put the published file at weights/{path.name}, or name one with --weights")
+    return path

@@ -1,0 +1,91 @@
+"""Configurations: a dict of defaults, overlaid by a file and by the command line, every key checked."""
+import difflib
+import json
+from pathlib import Path
+
+import yaml
+
+from tools.cli import InputError
+from tools.files import read_json
+
+
+def read_yaml(path) -> dict:
+    """Read a YAML file that holds a mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold keys and values")
+    return content
+
+
+def _typed(key: str, value, default, source: str):
+    """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool; None means a string or nothing."""
+    expected = str if default is None else type(default)
+    if expected is bool and value in (0, 1):
+        return bool(value)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is None and value is None:
+        return None
+    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    raise InputError(f"{source}: {key} should be {'a ' + expected.__name__}, not {json.dumps(value, default=str)}")
+
+
+def overlay(defaults: dict, values: dict, source: str) -> dict:
+    """`defaults` with `values` in their place; InputError names an unknown key and its nearest, or a wrong type."""
+    config = dict(defaults)
+    for key, value in values.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}?")
+        config[key] = _typed(key, value, defaults[key], source)
+    return config
+
+
+def parse_overrides(arguments: list[str]) -> dict:
+    """`--key value ...` pairs from the command line -> dict; values are read as JSON where they are JSON.
+
+    Several values make a list. Dashes in keys are underscores.
+    """
+    values, key = {}, None
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            key = key.replace("-", "_")
+            values[key] = [value] if equals else []
+        elif key is None:
+            raise InputError(f"unexpected argument {argument!r}: settings are given as --key value")
+        else:
+            values[key].append(argument)
+    parsed = {}
+    for key, words in values.items():
+        if not words:
+            raise InputError(f"--{key} lacks a value")
+        read = [_from_json(word) for word in words]
+        parsed[key] = read[0] if len(read) == 1 else read
+    return parsed
+
+
+def _from_json(word: str):
+    try:
+        return json.loads(word)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(word, word)
+
+
+def load_config(path, defaults: dict, arguments: list[str]) -> dict:
+    """Defaults, overlaid by a JSON or YAML file and then by command-line `arguments` (see `parse_overrides`)."""
+    content = read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold keys and values")
+    config = overlay(defaults, content, str(path))
+    overrides = parse_overrides(arguments)
+    for key, value in overrides.items():
+        if isinstance(defaults.get(key), list) and not isinstance(value, list):
+            overrides[key] = [value]
+    return overlay(config, overrides, "command line")

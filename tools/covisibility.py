@@ -1,0 +1,138 @@
+"""Which images of a scene see the same surface, from their depth maps: the fields of a scene_info file (SPEC 2)."""
+import numpy as np
+from tqdm import tqdm
+
+from tools.geometry import lift, project
+
+N_SAMPLES = 2400  # pixels of each depth map that stand for its surface
+DEPTH_TOLERANCE = 0.05  # of the depth: a larger difference means that something else is seen there
+VOXELS_PER_DEPTH = 50  # default voxel size = median depth / this, about the spacing of the samples
+MAX_POINTS = 2000  # 3D points kept per image
+# Points projected at a time: few enough that they stay in the cache, and that BLAS starts no threads for products
+# with 3x3 matrices, which would make them many times slower.
+CHUNK = 16384
+
+
+def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None) -> dict:
+    """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
+
+    image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel
+    convention. poses: n (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit
+    of the poses; it is called twice per image, and one map is held at a time, so that memory is about 100 KB of
+    samples and 1 MB of 3D points per image. voxel_size: of the 3D points, in that same unit; by default the median
+    depth / 50.
+
+    `overlap_matrix[i, j]` is the share of i's surface (a regular grid of about 2400 pixels, those with known depth)
+    that lands inside image j, in front of it, where j's depth is known and within 5%: what j's depth map does not
+    know, j does not see. The diagonal is 1. An image without any known depth has -1 elsewhere in its row and column.
+    The 3D points are one sample per voxel of the scene, tested in the same way in every image; a point has the same
+    id in all of them, and an image that sees more than 2000 keeps those of lowest id (ids are in random order, hence
+    the same ones as its neighbours). `points3D_id_to_2D` holds [x, y] in COLMAP's pixel convention, as COLMAP's own
+    would. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
+    """
+    n = len(image_paths)
+    intrinsics = [np.asarray(K, np.float64) for K in intrinsics]
+    poses = [np.asarray(pose, np.float64) for pose in poses]
+
+    points, depths = [], []
+    for i in tqdm(range(n), desc="depth samples", unit="image"):
+        pixels, depth = sample_depth(read_depth(i))
+        points.append(lift(pixels, depth, intrinsics[i], poses[i]))
+        depths.append(depth)
+    n_samples = np.array([len(depth) for depth in depths])
+    owner = np.repeat(np.arange(n), n_samples)
+    points, depths = np.concatenate(points), np.concatenate(depths)
+    if voxel_size is None:
+        voxel_size = np.median(depths) / VOXELS_PER_DEPTH if len(depths) else 1.0
+    _, representatives = np.unique(np.floor(points / voxel_size).astype(np.int64), axis=0, return_index=True)
+    representatives = np.random.default_rng(0).permutation(representatives)
+
+    overlap = np.zeros((n, n))
+    point_ids, point_pixels, point_ndepths = [], [], []
+    for j in tqdm(range(n), desc="covisibility", unit="image"):
+        depth_map = read_depth(j)
+        seen = np.concatenate([np.zeros(0, bool)] + [
+            is_seen(points[start:start + CHUNK], depth_map, intrinsics[j], poses[j])
+            for start in range(0, len(points), CHUNK)])
+        overlap[:, j] = np.bincount(owner[seen], minlength=n) / np.maximum(n_samples, 1)
+        ids = np.flatnonzero(seen[representatives])[:MAX_POINTS]
+        pixels, depth = project(points[representatives[ids]], intrinsics[j], poses[j])
+        point_ids.append(ids)
+        point_pixels.append(pixels)
+        point_ndepths.append(depth / (intrinsics[j][0, 0] + intrinsics[j][1, 1]) * 2)
+    overlap[n_samples == 0] = -1
+    overlap[:, n_samples == 0] = -1
+    np.fill_diagonal(overlap, 1)
+
+    return {
+        "image_paths": list(image_paths),
+        "depth_paths": list(depth_paths),
+        "intrinsics": intrinsics,
+        "poses": poses,
+        "overlap_matrix": overlap,
+        "scale_ratio_matrix": scale_ratios(point_ids, point_ndepths, len(representatives)),
+        "angles": axis_angles(poses),
+        "n_points3D": [len(ids) for ids in point_ids],
+        "points3D_id_to_2D": [dict(zip(ids.tolist(), pixels.tolist()))
+                              for ids, pixels in zip(point_ids, point_pixels)],
+        "points3D_id_to_ndepth": [dict(zip(ids.tolist(), ndepth.tolist()))
+                                  for ids, ndepth in zip(point_ids, point_ndepths)],
+    }
+
+
+def sample_depth(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of about N_SAMPLES pixels on a regular grid, those with known depth: (N, 2) in COLMAP's pixel
+    convention, and their depth (N,) float64. depth: (H, W), 0 = unknown."""
+    h, w = depth.shape
+    spacing = max(1.0, np.sqrt(h * w / N_SAMPLES))
+    n_x, n_y = max(1, round(w / spacing)), max(1, round(h / spacing))
+    x, y = np.meshgrid(((np.arange(n_x) + 0.5) * w / n_x).astype(int), ((np.arange(n_y) + 0.5) * h / n_y).astype(int))
+    x, y = x.ravel(), y.ravel()
+    values = depth[y, x].astype(np.float64)
+    known = values > 0
+    return np.stack([x[known], y[known]], axis=1) + 0.5, values[known]
+
+
+def is_seen(points: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Which world points (N, 3) a camera sees: inside the image, in front, and where its depth map says, within 5%.
+
+    depth: (H, W), 0 = unknown, which counts as not seen; K (3, 3) in COLMAP's pixel convention; pose (4, 4)
+    world-to-camera. (N,) bool.
+    """
+    h, w = depth.shape
+    pixels, z = project(points, K, pose)
+    x, y = pixels.T
+    inside = np.flatnonzero((z > 0) & (x >= 0) & (x < w) & (y >= 0) & (y < h))
+    z = z[inside]
+    stored = depth[y[inside].astype(np.int64), x[inside].astype(np.int64)].astype(np.float64)
+    seen = np.zeros(len(points), bool)
+    seen[inside] = (stored > 0) & (np.abs(stored - z) <= DEPTH_TOLERANCE * z)
+    return seen
+
+
+def scale_ratios(point_ids: list, point_ndepths: list, n_points: int) -> np.ndarray:
+    """Minimum over shared 3D points of max(nd_i / nd_j, nd_j / nd_i); -1 where none is shared. (n, n).
+
+    point_ids: per image (N_i,) ids in [0, n_points); point_ndepths: per image (N_i,) depth / mean focal length.
+    """
+    n = len(point_ids)
+    ratios = np.full((n, n), -1.0)
+    lengths = np.array([len(ids) for ids in point_ids])
+    occupied = np.flatnonzero(lengths)  # reduceat has no notion of an empty segment
+    if not len(occupied):
+        return ratios
+    starts = (np.cumsum(lengths) - lengths)[occupied]
+    ids, ndepths = np.concatenate(point_ids), np.concatenate(point_ndepths)
+    for i in occupied:
+        own = np.full(n_points, np.inf)
+        own[point_ids[i]] = point_ndepths[i]
+        ratio = own[ids] / ndepths
+        smallest = np.minimum.reduceat(np.maximum(ratio, 1 / ratio), starts)
+        ratios[i, occupied] = np.where(np.isfinite(smallest), smallest, -1)
+    return ratios
+
+
+def axis_angles(poses: list) -> np.ndarray:
+    """Degrees between the principal axes of n world-to-camera poses (4, 4). (n, n)."""
+    axes = np.stack([pose[2, :3] for pose in poses])
+    return np.rad2deg(np.arccos(np.clip(axes @ axes.T, -1, 1)))

@@ -1,0 +1,123 @@
+"""What a dump says of itself: which settings made it, where its files are, which scenes are complete (SPEC 5).
+
+    OUT/
+      dump.json                {"format": "imp-dump", "version": 1, "feature_type": ..., "settings": {...}}
+      keypoints/<scene>/<image file name with extension>_<feature>.npy
+      matches/<scene>/<i>.npy  i = 0 .. n-1
+      scenes/<scene>.json      {"pairs": n, "images": m, ...}; written last: its presence says the scene is complete
+"""
+from pathlib import Path, PurePosixPath
+
+from tools.cli import InputError
+from tools.files import read_json, write_json
+
+FORMAT = "imp-dump"
+VERSION = 1
+
+
+def manifest_path(path) -> Path:
+    """The file that says what made the dump `path`."""
+    return Path(path) / "dump.json"
+
+
+def scene_path(path, scene: str) -> Path:
+    """The file that says that `scene` of the dump `path` is complete, and its counts."""
+    return Path(path) / "scenes" / f"{scene}.json"
+
+
+def keypoint_path(path, scene: str, image_path: str, feature_type: str) -> Path:
+    """The keypoint record of the image that a match record calls `image_path`."""
+    return Path(path) / "keypoints" / scene / f"{PurePosixPath(image_path).name}_{feature_type}.npy"
+
+
+def match_path(path, scene: str, index: int) -> Path:
+    """The match record of a scene's valid pair `index` = 0 .. n-1."""
+    return Path(path) / "matches" / scene / f"{index}.npy"
+
+
+def _flat(content: dict) -> dict:
+    return {**{name: value for name, value in content.items() if name != "settings"}, **content.get("settings", {})}
+
+
+def check_settings(made: dict, wanted: dict, where) -> None:
+    """Raise InputError that names the first setting in which `made`, found at `where`, differs from `wanted`.
+
+    Both are dicts whose entry "settings", if there is one, is a dict of more of the same.
+    """
+    made, wanted = _flat(made), _flat(wanted)
+    for name in {**wanted, **made}:
+        if made.get(name) != wanted.get(name):
+            raise InputError(f"{where} was made with {name} {made.get(name)}, now it is {wanted.get(name)}: "
+                             "give the same settings, or write elsewhere")
+
+
+def claim(path, manifest: dict) -> None:
+    """Mark the folder `path` as made by `manifest`, or check that it was: what is there is gone on with.
+
+    Raises InputError if another setting or version made it, or if something else is in it.
+    """
+    file = manifest_path(path)
+    if not file.exists():
+        if Path(path).exists() and not Path(path).is_dir():
+            raise InputError(f"{path} is a file, not a folder to write to")
+        if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")):
+            raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
+        write_json(file, manifest)
+    check_settings(_read_object(file), manifest, path)
+
+
+def _read_object(file) -> dict:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: it holds no JSON object")
+    return content
+
+
+def read_manifest(path) -> dict:
+    """The manifest of the dump `path`; InputError if the folder is no dump, or one of another version."""
+    file = manifest_path(path)
+    if not file.is_file():
+        raise InputError(f"{path} is no dump: it has no {file.name}; make one with dump.dump_megadepth")
+    manifest = _read_object(file)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{file} is of format {manifest.get('format')} version {manifest.get('version')}, "
+                         f"not {FORMAT} {VERSION}: run dump.dump_megadepth again")
+    return manifest
+
+
+def read_scene(path, scene: str) -> dict:
+    """The counts of a complete scene; InputError if the file is damaged."""
+    counts = _read_object(scene_path(path, scene))
+    if not isinstance(counts.get("pairs"), int):
+        raise InputError(f"{scene_path(path, scene)} is damaged: it does not say how many pairs there are")
+    return counts
+
+
+def begun_scenes(path) -> list[str]:
+    """Scenes that the dump has begun, complete or not, sorted."""
+    folders = [folder for name in ("keypoints", "matches") for folder in (Path(path) / name).glob("*")]
+    files = [file for file in (Path(path) / "scenes").glob("*.json") if file.name[0] != "."]
+    return sorted({folder.name for folder in folders} | {file.name.removesuffix(".json") for file in files})
+
+
+def load_dump(path, scenes=None) -> dict:
+    """What there is to train on in the dump `path`.
+
+    scenes: the ids wanted, in that order; all complete ones if None. Returns {"feature_type", "settings",
+    "scenes": {scene: number of pairs, never 0}, "incomplete": [scenes begun and not finished, when none are asked
+    for]}. Raises InputError for a folder that is no dump, for scenes asked for that are not complete, and if there is
+    no pair at all.
+    """
+    manifest = read_manifest(path)
+    begun = begun_scenes(path) if scenes is None else list(scenes)
+    incomplete = [scene for scene in begun if not scene_path(path, scene).is_file()]
+    if scenes is not None and incomplete:
+        raise InputError(f"{path} lacks {len(incomplete)} of the {len(begun)} scenes asked for "
+                         f"({', '.join(incomplete[:5])}): run dump.dump_megadepth on it again")
+    counts = {scene: read_scene(path, scene)["pairs"] for scene in begun if scene not in incomplete}
+    counts = {scene: pairs for scene, pairs in counts.items() if pairs}
+    if not counts:
+        raise InputError(f"{path} has no pairs" + (f"; unfinished scenes: {', '.join(incomplete[:5])}"
+                                                   if incomplete else ""))
+    return {"feature_type": manifest["feature_type"], "settings": manifest["settings"], "scenes": counts,
+            "incomplete": incomplete}

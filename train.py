@@ -1,0 +1,29 @@
+"""Train a matcher: python3 train.py --config configs/config_train_megadepth.json [--key value ...]"""
+import argparse
+import sys
+
+from tools.cli import run
+from tools.distributed import launch
+from training.config import DEFAULTS, load_train_config
+from training.trainer import train
+
+
+def _train(job, config: dict) -> None:
+    how = train(config, job)
+    if job.is_main:
+        print(f"{how}: checkpoints are in {config['save_path']}")
+
+
+def main(argv=None) -> int:
+    keys = "\n".join(f"  {key} = {value!r}" for key, value in DEFAULTS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"keys and their defaults:\n{keys}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="JSON file; any of its keys can be given as --key value")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = load_train_config(arguments.config, overrides)
+    launch(_train, config["gpu"], config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
