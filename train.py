@@ -5,13 +5,14 @@ import sys
 from tools.cli import run
 from tools.distributed import launch
 from training.config import DEFAULTS, load_train_config
+from training.curves import plot_losses
 from training.trainer import train
 
 
 def _train(job, config: dict) -> None:
     how = train(config, job)
     if job.is_main:
-        print(f"{how}: checkpoints are in {config['save_path']}")
+        print(f"{how}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
 
 
 def main(argv=None) -> int:

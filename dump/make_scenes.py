@@ -139,7 +139,7 @@ def place_cameras(rng, world, rectangles, n, size):
     a short one, so that they still see the same things.
     """
     w, h = size
-    arc = np.deg2rad(np.clip(3.5 * n, 40, rng.uniform(90, 160)))
+    arc = np.deg2rad(np.clip(3.5 * n, 40, rng.uniform(70, 120)))
     start = rng.uniform(0, 2 * np.pi)
     cameras = []
     for i in range(n):
@@ -148,7 +148,7 @@ def place_cameras(rng, world, rectangles, n, size):
             distance = rng.uniform(6, 18)
             height = rng.uniform(1.3, 3.5) if rng.random() < 0.75 else rng.uniform(3.5, 8)
             center = np.array([distance * np.cos(angle), distance * np.sin(angle), height])
-            target = np.append(rng.normal(0, 2.2, 2), rng.uniform(0.8, 3.5))
+            target = np.append(rng.normal(0, 1.8, 2), rng.uniform(0.8, 3.5))
             roll = rng.normal(0, 0.06) if rng.random() < 0.8 else rng.uniform(-0.6, 0.6)
             f = w * np.exp(rng.uniform(np.log(0.7), np.log(1.35)))
             K = np.array([[f, 0, (w - 1) / 2], [0, f, (h - 1) / 2], [0, 0, 1]])

@@ -16,7 +16,7 @@ SUPERSAMPLING = 2
 NEAR = 0.05  # metres
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rectangle:
     """A one-sided rectangle in the world (metres): its picture's top left corner, the way right and the way down."""
 
@@ -64,15 +64,6 @@ class Atlas:
                     self.image[y:y + reduced.shape[0], x:x + reduced.shape[1]] = reduced
 
 
-@dataclass
-class Surface:
-    """What rasterisation found of one rectangle: where it may be in the image, and its linear functions there."""
-
-    index: int
-    box: tuple[slice, slice]
-    linear: np.ndarray  # (3, 3): times (x, y, 1) is (s, t, 1) / depth
-
-
 class Rectangles:
     """The rectangles of a scene as arrays."""
 
@@ -84,7 +75,7 @@ class Rectangles:
 
     def rasterise(self, K, pose, size):
         """Which rectangle each pixel centre sees. Returns index (h, w) int16 (-1: none), inverse depth (h, w) float32
-        (0: none), and the list of Surface that were drawn."""
+        (0: none), and the rectangles' linear functions (n, 3, 3): times (x, y, 1) they give (s, t, 1) / depth."""
         w, h = size
         frames = pose[:3, :3] @ self.frames
         frames[:, :, 2] += pose[:3, 3]
@@ -105,7 +96,7 @@ class Rectangles:
         first, last = np.ceil(np.maximum(low, 0)), np.floor(np.minimum(high, w - 1))
 
         index, nearest = np.full((h, w), -1, np.int16), np.zeros((h, w), np.float32)
-        columns, surfaces = np.arange(w, dtype=np.float32), []
+        columns = np.arange(w, dtype=np.float32)
         for k, rectangle in enumerate(facing):
             rows = np.flatnonzero(first[k] <= last[k])
             if not len(rows):
@@ -119,33 +110,36 @@ class Rectangles:
             seen &= x <= last[k, y0:y1, None].astype(np.float32)
             np.copyto(nearest[box], depth, where=seen)
             np.copyto(index[box], np.int16(rectangle), where=seen)
-            surfaces.append(Surface(int(rectangle), box, linear[k]))
-        return index, nearest, surfaces
+        functions = np.zeros_like(frames)
+        functions[facing] = linear
+        return index, nearest, functions
 
-    def paint(self, atlas, index, surfaces) -> np.ndarray:
-        """Texture colours (h, w, 3) uint8 for what `rasterise` found; black where there is nothing."""
-        map_u, map_v = np.full(index.shape, -10, np.float32), np.full(index.shape, -10, np.float32)
-        for surface in surfaces:
-            y, x = np.nonzero(index[surface.box] == surface.index)
-            if not len(y):
-                continue
-            y += surface.box[0].start
-            x += surface.box[1].start
-            linear = surface.linear.astype(np.float32)
-            xf, yf = x.astype(np.float32), y.astype(np.float32)
-            depth = 1 / evaluate(linear[2], xf, yf)
-            texture = self.textures[surface.index]
-            for axis, target in enumerate((map_u, map_v)):
-                place = evaluate(linear[axis], xf, yf) * depth
-                sizes, offsets = atlas.sizes[texture, axis], atlas.offsets[texture, axis]
+    def paint(self, atlas, index, linear) -> np.ndarray:
+        """Texture colours (h, w, 3) uint8 for the index and linear functions of `rasterise`; black where nothing is."""
+        h, w = index.shape
+        linear = linear.astype(np.float32)
+        order = np.argsort(index, axis=None, kind="stable")
+        x = np.tile(np.arange(w, dtype=np.float32), h)[order]
+        y = np.repeat(np.arange(h, dtype=np.float32), w)[order]
+        places = np.full((2, h * w), -10, np.float32)  # outside the atlas
+        ends = np.cumsum(np.bincount(index.ravel() + 1, minlength=len(linear) + 1))
+        for k in np.flatnonzero(np.diff(ends)):
+            pixels = slice(ends[k], ends[k + 1])
+            depth = 1 / evaluate(linear[k, 2], x[pixels], y[pixels])
+            for axis in range(2):
+                place = evaluate(linear[k, axis], x[pixels], y[pixels]) * depth
                 # texels that one sample spans along this axis of the texture; the level whose texel is nearest to it
-                span = np.maximum(np.abs(linear[axis, 0] - place * linear[2, 0]),
-                                  np.abs(linear[axis, 1] - place * linear[2, 1])) * depth
+                dx, dy = (np.abs(linear[k, axis, i] - place * linear[k, 2, i]) for i in range(2))
+                span = np.maximum(dx, dy) * depth
+                sizes, offsets = atlas.sizes[self.textures[k], axis], atlas.offsets[self.textures[k], axis]
                 level = np.frexp(span * (sizes[0] * np.float32(np.sqrt(2))))[1] - 1
-                level = np.clip(level, 0, atlas.LEVELS - 1)
-                size = sizes[level]
-                target[y, x] = offsets[level] + np.clip(place * size - 0.5, 0, size - 1)
-        return cv2.remap(atlas.image, map_u, map_v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+                size = sizes.take(level, mode="clip")
+                inside = np.minimum(np.maximum(place * size - np.float32(0.5), 0), size - 1)
+                places[axis][pixels] = offsets.take(level, mode="clip") + inside
+        maps = np.empty_like(places)
+        for axis in range(2):
+            maps[axis][order] = places[axis]
+        return cv2.remap(atlas.image, *maps.reshape(2, h, w), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
 
 def evaluate(linear, x, y):
@@ -206,7 +200,7 @@ def expose(rng, image) -> np.ndarray:
     focus = rng.uniform(0.25, 0.9) if rng.random() < 0.8 else rng.uniform(0.9, 1.6)
     image = cv2.GaussianBlur(image, (0, 0), focus * max(w, h) / 640 + 0.05)
     gain = rng.uniform(75, 145) / max(float(image.mean()), 1)
-    balance = np.exp(rng.normal(0, 0.07, 3)) * gain / 255
+    balance = np.exp(rng.normal(0, 0.05, 3)) * gain / 255
     corner = rng.uniform(0, 0.3)
     x, y = np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     image *= (1 - np.float32(corner / 2) * (x * x + y * y))[..., None] * balance.astype(np.float32)
@@ -221,8 +215,8 @@ def render(rng, rectangles, atlas, K, pose, size, shadow_radius) -> tuple[np.nda
     rng draws the light and the camera's settings; shadow_radius: as `radius` of `sunlight`.
     """
     fine = (SUPERSAMPLING * size[0], SUPERSAMPLING * size[1])
-    index, _, surfaces = rectangles.rasterise(resize_K(K, SUPERSAMPLING, SUPERSAMPLING), pose, fine)
-    colors = rectangles.paint(atlas, index, surfaces)
+    index, _, linear = rectangles.rasterise(resize_K(K, SUPERSAMPLING, SUPERSAMPLING), pose, fine)
+    colors = rectangles.paint(atlas, index, linear)
     covered = cv2.resize((index >= 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)[..., None]
     colors = cv2.resize(colors, size, interpolation=cv2.INTER_AREA).astype(np.float32)
 

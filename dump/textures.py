@@ -127,8 +127,8 @@ def planks(rng, h, w, scale) -> np.ndarray:
     image = (tones * (1 + 0.12 * grain))[..., None] * color(rng, (0.2, 0.6), (100, 190))
     for _ in range(int(6 * h * w / scale ** 2) + 1):  # knots
         center = (int(rng.integers(w)), int(rng.integers(h)))
-        cv2.circle(image, center, max(1, round(rng.uniform(0.015, 0.05) * scale)), color(rng, (0.2, 0.5), (20, 90)).tolist(),
-                   -1, cv2.LINE_AA)
+        radius = max(1, round(rng.uniform(0.015, 0.05) * scale))
+        cv2.circle(image, center, radius, color(rng, (0.2, 0.5), (20, 90)).tolist(), -1, cv2.LINE_AA)
     return weather(rng, image, scale, 0.1)
 
 
@@ -213,7 +213,8 @@ def facade(rng, h, w, scale) -> np.ndarray:
         sw, sh = int(rng.uniform(0.15, 0.4) * w), max(int(rng.uniform(0.4, 0.9) * scale), 4)
         x, y = int(rng.uniform(0, w - sw)), int(rng.uniform(0.1, 0.9) * (h - sh))
         image[y:y + sh, x:x + sw] = color(rng, (0.2, 0.8), (60, 230))
-        write_text(rng, image, x + 0.15 * sh, y + 0.1 * sh, x + sw, y + sh, 0.8 * sh, color(rng, (0, 0.5), (10, 250)).tolist())
+        write_text(rng, image, x + 0.15 * sh, y + 0.1 * sh, x + sw, y + sh, 0.8 * sh,
+                   color(rng, (0, 0.5), (10, 250)).tolist())
     scribble(rng, image, int(rng.integers(2, 8)), scale)
     return weather(rng, image, scale, 0.08)
 

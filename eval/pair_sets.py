@@ -26,8 +26,9 @@ HDF5_GROUPS = ("K1", "K2", "R", "T", "img_path1", "img_path2", "kpt1", "kpt2", "
 class EvalPair:
     """Two views as a matcher sees them, upright, and what is known of their cameras.
 
-    index: place in the set. K0, K1: (3, 3), OpenCV's pixel convention, for the upright images, or None; T_0to1: (4, 4) or None.
-    depth0/1: (N,) at the keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image upright.
+    index: place in the set. K0, K1: (3, 3) for the upright images, OpenCV's pixel convention, or None; T_0to1: (4, 4)
+    or None. depth0/1: (N,) at the keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image
+    upright.
     """
 
     index: int

@@ -68,7 +68,7 @@ def sinkhorn(p: Tensor, r: Tensor, c: Tensor, iterations: int) -> Tensor:
 
 def assign(x0: Tensor, x1: Tensor, bin_score: Tensor, with_sinkhorn: bool, iterations: int,
            keep0: Tensor | None = None, keep1: Tensor | None = None) -> Tensor:
-    """Assignment of projected descriptors x0 (B, N0, D), x1 (B, N1, D): (B, N0+1, N1+1) with dustbins, float32 or wider.
+    """Assignment (B, N0+1, N1+1) with dustbins of projected descriptors x0 (B, N0, D), x1 (B, N1, D); float32 or wider.
 
     keep0 (B, N0), keep1 (B, N1) or None: keypoints that take part; rows and columns of the others are zero, and the
     rest is what it would be without them.

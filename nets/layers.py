@@ -35,6 +35,8 @@ class InstanceNorm(nn.Module):
         """x (B, N, C); mask (B, N), True = counts in the statistics. (B, N, C)."""
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
+        if x.shape[1] == 0:
+            return x
         if mask is None:
             var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
         else:
@@ -86,11 +88,10 @@ class MLP(nn.Sequential):
                 views = [module(x, m) for x, m in zip(views, masks)]
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 if per_sample and module.training:
-                    samples = [
-                        _batch_norm(module, [x[b:b + 1] for x in views], [m if m is None else m[b:b + 1] for m in masks])
-                        for b in range(len(views[0]))
-                    ]
-                    views = [torch.cat(parts) for parts in zip(*samples)]
+                    samples = zip(*(x.split(1) for x in views))
+                    sample_masks = zip(*([None] * len(views[0]) if m is None else m.split(1) for m in masks))
+                    normed = [_batch_norm(module, list(x), list(m)) for x, m in zip(samples, sample_masks)]
+                    views = [torch.cat(parts) for parts in zip(*normed)]
                 else:
                     views = _batch_norm(module, views, masks)
             else:
@@ -118,7 +119,7 @@ def _head_major(weight: Tensor) -> Tensor:
 def project_heads(linear: Linear, x: Tensor) -> Tensor:
     """x (B, N, D) -> (B, heads, N, D / heads), by a linear layer whose output interleaves the heads."""
     y = F.linear(x, _head_major(linear.weight.squeeze(-1)), _head_major(linear.bias))
-    return y.view(*y.shape[:2], N_HEADS, -1).transpose(1, 2)
+    return y.view(*y.shape[:2], N_HEADS, y.shape[2] // N_HEADS).transpose(1, 2)
 
 
 def merge_heads(linear: Linear, message: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ class AttentionMatrix:
     """softmax(Q K^T / sqrt(D / heads)) of one direction, kept as queries and keys.
 
     queries (B, heads, N, d), keys (B, heads, M, d), key_mask (B, M) or None: keys that are masked out get the lowest
-    logit. Another layer may use the same matrix with values of its own.
+    logit; where there is no key at all, messages are zero. Another layer may use the same matrix with values of its
+    own.
     """
 
     def __init__(self, queries: Tensor, keys: Tensor, key_mask: Tensor | None):
@@ -141,27 +143,33 @@ class AttentionMatrix:
             return None
         lowest = torch.finfo(self.queries.dtype).min
         bias = torch.zeros(self.key_mask.shape, dtype=self.queries.dtype, device=self.queries.device)
-        return bias.masked_fill(~self.key_mask, lowest)[:, None, None, :]
+        # without any key all are let in, as in half precision lowest logits alone are -inf and give NaN
+        masked = ~self.key_mask & self.key_mask.any(dim=1, keepdim=True)
+        return bias.masked_fill(masked, lowest)[:, None, None, :]
 
     def __matmul__(self, values: Tensor) -> Tensor:
         """values (B, heads, M, d) -> messages (B, heads, N, d)."""
         if self.keys.shape[2] == 0:
             return torch.zeros_like(self.queries)
-        return F.scaled_dot_product_attention(self.queries, self.keys, values, attn_mask=self._bias())
+        messages = F.scaled_dot_product_attention(self.queries, self.keys, values, attn_mask=self._bias())
+        if self.key_mask is None:
+            return messages
+        return messages * self.key_mask.any(dim=1).view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def received_mass(self, query_mask: Tensor | None) -> Tensor:
         """Attention each key receives, summed over heads and the real queries (query_mask (B, N)): (B, M), sum 1."""
         bias = self._bias()
-        mass = self.keys.new_zeros(self.keys.shape[0], self.keys.shape[2], dtype=torch.float32)
+        mass = 0
         for head in range(N_HEADS):
             logits = self.queries[:, head] @ self.keys[:, head].transpose(1, 2) / self.queries.shape[-1] ** 0.5
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if bias is not None:
                 logits = logits + bias[:, 0]
-            attention = logits.float().softmax(dim=-1)
+            attention = logits.softmax(dim=-1)
             if query_mask is not None:
                 attention = attention * query_mask.unsqueeze(-1)
-            mass += attention.sum(dim=1)
+            mass = mass + attention.sum(dim=1)
         return mass / mass.sum(dim=-1, keepdim=True)
 
     def select(self, queries: Tensor, keys: Tensor) -> "AttentionMatrix":

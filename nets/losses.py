@@ -51,7 +51,8 @@ def matching_loss_from_targets(assignment: Tensor, targets: Targets) -> tuple[Te
     p_true = assignment[:, :-1].gather(2, targets.matches0.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     corr = _mean_per_sample(-torch.log(p_true + _EPS), true)[0].mean()
     sides = []
-    for p, dustbin in ((assignment[:, :-1, -1], targets.matches0 == n1), (assignment[:, -1, :-1], targets.matches1 == n0)):
+    for p, dustbin in ((assignment[:, :-1, -1], targets.matches0 == n1),
+                       (assignment[:, -1, :-1], targets.matches1 == n0)):
         loss, any_dustbin = _mean_per_sample(-torch.log(p + _EPS), dustbin)
         sides.append(loss.sum() / any_dustbin.sum().clamp(min=1))
     return corr, (sides[0] + sides[1]) / 2

@@ -62,7 +62,13 @@ class SuperPoint(nn.Module):
         return F.pixel_shuffle(cells, CELL).squeeze(1), F.normalize(descriptors, dim=1)
 
     def forward(self, image: Tensor) -> dict[str, list[Tensor]]:
-        """Lists, one entry an image: keypoints (N, 2) x, y in pixels, scores (N,), descriptors (N, 256)."""
+        """Lists, one entry an image: keypoints (N, 2) x, y in pixels, scores (N,), descriptors (N, 256).
+
+        An image without room for a cell of 8 x 8 pixels has no keypoints.
+        """
+        if min(image.shape[2:]) < CELL:
+            none = {"keypoints": (0, 2), "scores": (0,), "descriptors": (0, DESCRIPTOR_DIM)}
+            return {name: [image.new_zeros(shape) for _ in image] for name, shape in none.items()}
         scores, descriptors = self.dense(image)
         scores = suppress_non_maxima(scores, self.nms_radius)
         border = self.remove_borders

@@ -152,6 +152,19 @@ def test_features_are_stored_once(finished):
     assert finished.stat().st_size < N * 300 * (128 + 3 + 1) * 4 + 60_000
 
 
+def test_each_view_has_its_own_camera(spoilt, output):
+    K2 = K * [[1.3], [1.2], [1]]
+    np.savetxt(spoilt / "scannet/scene0707_00/intrinsic/15.txt", K2)
+    assert dump(spoilt, output, dataset="scannet") == 0
+    with h5py.File(output) as file:
+        x1 = file["kpt1"]["0"][:, :2]
+        x2 = np.c_[transfer(x1, POSES[0], POSES[1]), np.ones(len(x1))] @ (K2 @ np.linalg.inv(K)).T
+        np.testing.assert_allclose(file["K2"]["0"][:], K2)
+        np.testing.assert_allclose(file["K1"]["0"][:], K)
+        residual = np.sum(x2 * (np.c_[x1, np.ones(len(x1))] @ file["f"]["0"][:].T), axis=1)
+        assert np.abs(residual).max() < 1e-6
+
+
 def with_ground_truth(i, j):
     """The line of a pair list whose names are ScanNet's own."""
     numbers = [*K.ravel(), *K.ravel(), *(POSES[j] @ np.linalg.inv(POSES[i])).ravel()]

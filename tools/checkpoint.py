@@ -3,17 +3,19 @@
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
 and what else is needed to go on.
 """
+import pickle
 import re
 from pathlib import Path
 
 import torch
 
-from nets import build_matcher
+from nets import SuperPoint, build_matcher
 from tools.cli import InputError
 from tools.features import DESCRIPTOR_DIM
 from tools.files import atomic_path
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+SUPERPOINT = "superpoint_v1.pth"
 
 
 def save_checkpoint(path, content: dict) -> None:
@@ -23,29 +25,43 @@ def save_checkpoint(path, content: dict) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> dict:
-    """Read a checkpoint file -> dict with the entry `model`; a bare state dict is taken as `model`."""
+    """Read a checkpoint file -> dict whose entry `model` is a state dict; a bare state dict is taken as `model`.
+
+    InputError if it is missing, damaged, no checkpoint, or would run code.
+    """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint: {reason[:200]}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # whatever a damaged file makes of torch's readers
+        # torch's own words recommend to load it all the same
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
+            raise InputError(f"{path} was left unread: it holds {foreign[1]}, which could run code when loaded; get a "
+                             "file of weights alone") from None
+        raise InputError(f"{path} is not a readable checkpoint: it is damaged, incomplete or something else; get it "
+                         "again") from None
     if isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values()):
         content = {"model": content}
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
+    for key, value in content["model"].items():
+        if not torch.is_tensor(value):
+            raise InputError(f"{path} is not a checkpoint: {key} in its entry 'model' is no tensor")
     return content
 
 
 def describe_weights(state: dict) -> dict:
-    """What a matcher's state dict says of its network: network, descriptor_dim, n_layers, norm_fn ({} if none).
+    """What a state dict says of its network: network, and for a matcher descriptor_dim, n_layers, norm_fn.
 
-    IMP and EIMP have the same parameters; both are called imp.
+    IMP and EIMP have the same parameters; both are called imp. {} if it is neither a matcher nor SuperPoint.
     """
-    n_layers = len([key for key in state if re.fullmatch(r"final_proj\.\d+\.weight", key)])
+    projections = [state[key] for key in state if re.fullmatch(r"final_proj\.\d+\.weight", key)]
+    n_layers = len(projections)
     if not n_layers:
-        return {}
+        return {"network": "superpoint"} if "convPa.weight" in state else {}
     shares = any(re.fullmatch(r"gnn\.layers\.\d+\.proj\.weight", key) for key in state)
     if "gnn.layers.0.mlp.2.weight" in state:
         norm_fn = None
@@ -53,12 +69,12 @@ def describe_weights(state: dict) -> dict:
         norm_fn = "bn" if "gnn.layers.0.mlp.1.weight" in state else "in"
     # up to three iterations, nothing is shared and the three networks are one
     network = "imp" if shares or n_layers <= 3 else "gm"
-    return {"network": network, "descriptor_dim": state["final_proj.0.weight"].shape[0], "n_layers": n_layers,
+    return {"network": network, "descriptor_dim": projections[0].shape[0], "n_layers": n_layers,
             "norm_fn": norm_fn}
 
 
 def load_weights(module: torch.nn.Module, state: dict, path) -> None:
-    """Load a state dict with strict keys and shapes; InputError names the first that is wrong and what the file is for."""
+    """Load a state dict with strict keys and shapes; InputError names the first wrong one and what the file is for."""
     own = module.state_dict()
     missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -67,7 +83,7 @@ def load_weights(module: torch.nn.Module, state: dict, path) -> None:
             key = wrong[0]
             problem = f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(own[key].shape)}"
         else:
-            problem = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the network has not"
+            problem = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the network does not have"
         made_for = ", ".join(f"{name} {value}" for name, value in describe_weights(state).items())
         raise InputError(f"{path} does not fit this network: {problem}"
                          + (f" (the file is for {made_for})" if made_for else ""))
@@ -82,14 +98,16 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     """
     content = load_checkpoint(path)
     found = describe_weights(content["model"])
-    if not found:
-        raise InputError(f"{path} holds no matcher: it has no final_proj weights")
+    if "n_layers" not in found:
+        what = found.get("network") or f"its first key is {next(iter(content['model']), None)}"
+        raise InputError(f"{path} holds no matcher, as it has no final_proj weights ({what})")
     if found["descriptor_dim"] != descriptor_dim:
         raise InputError(f"{path} is for descriptors of {found['descriptor_dim']} channels, not {descriptor_dim}: "
                          "check --feature_type")
     if (network == "gm") != (found["network"] == "gm") and found["n_layers"] > 3:
         raise InputError(f"{path} holds the network {found['network']}, not {network}")
-    config = content.get("config", {})
+    config = content.get("config")
+    config = config if isinstance(config, dict) else {}
     settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
     settings.update({key: config[key] for key in ("ac_fn", "with_sinkhorn", "n_min_tokens") if key in config})
     matcher = build_matcher(network, **{**settings, **options})
@@ -97,10 +115,30 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     return matcher.float().eval().to(device)
 
 
+def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
+    """SuperPoint in evaluation mode on `device`, with the weights at `path` (None: weights/superpoint_v1.pth).
+
+    Options as those of `nets.SuperPoint`. InputError says what to put where if there are no weights.
+    """
+    path = WEIGHTS / SUPERPOINT if path is None else Path(path)
+    if not path.is_file():
+        raise InputError(f"no SuperPoint weights at {path}: put {SUPERPOINT}, which its authors publish, at "
+                         f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
+    network = SuperPoint(**options)
+    load_weights(network, load_checkpoint(path)["model"], path)
+    return network.eval().to(device)
+
+
 def default_weights(method: str, feature_type: str, dataset: str | None = None) -> Path:
-    """The file of SPEC 13 for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM); InputError says what to put where."""
+    """The file of SPEC 13 for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM); InputError says what to put where.
+
+    dataset: yfcc or scannet; None, or another, where the published files are for one of these: there is no default.
+    """
     name = f"{method.lower()}_{feature_type}"
-    if method.lower().endswith("_geo") and feature_type == "spp" and dataset is not None:
+    if method.lower().endswith("_geo") and feature_type == "spp":
+        if dataset not in ("yfcc", "scannet"):
+            raise InputError(f"there are two files of weights for {method} with spp: name weights/{name}_yfcc.pth "
+                             f"(outdoor) or weights/{name}_scannet.pth (indoor) with --weights")
         name += f"_{dataset}"
     path = WEIGHTS / f"{name}.pth"
     if not path.is_file():

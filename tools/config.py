@@ -8,6 +8,8 @@ import yaml
 from tools.cli import InputError
 from tools.files import read_json
 
+_KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+
 
 def read_yaml(path) -> dict:
     """Read a YAML file that holds a mapping."""
@@ -33,7 +35,7 @@ def _typed(key: str, value, default, source: str):
         return None
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
-    raise InputError(f"{source}: {key} should be {'a ' + expected.__name__}, not {json.dumps(value, default=str)}")
+    raise InputError(f"{source}: {key} should be {_KIND[expected]}, not {json.dumps(value, default=str)}")
 
 
 def overlay(defaults: dict, values: dict, source: str) -> dict:

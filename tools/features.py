@@ -51,8 +51,48 @@ class Sift:
         return Features(keypoints[order], scores[order], root, image_size)
 
 
+class Spp:
+    """SuperPoint, the `max_keypoints` strongest.
+
+    weights: its file; None is weights/superpoint_v1.pth, and InputError says so if it is missing. device: auto (a GPU
+    if there is one), cpu, cuda or cuda:N.
+    """
+
+    def __init__(self, max_keypoints=4096, keypoint_threshold=0.001, nms_radius=3, device="auto", weights=None):
+        # here, not above: workers that extract sift need no torch, and tools.checkpoint needs this module
+        from tools.checkpoint import load_superpoint
+        from tools.distributed import choose_device
+
+        self.device = choose_device(device)
+        self.network = load_superpoint(weights, self.device, max_keypoints=max_keypoints,
+                                       keypoint_threshold=keypoint_threshold, nms_radius=nms_radius)
+
+    def __call__(self, image: np.ndarray) -> Features:
+        """image (H, W) uint8 -> Features with D = 256."""
+        return self.extract_batch([image])[0]
+
+    def extract_batch(self, images: list[np.ndarray]) -> list[Features]:
+        """Images (H, W) uint8, all of one size -> Features of each, with D = 256."""
+        import torch
+
+        if not images:
+            return []
+        batch = torch.from_numpy(np.stack(images)).to(self.device).unsqueeze(1).float() / 255
+        # TF32 convolutions, torch's default on a GPU, would find other keypoints there than on the CPU
+        cudnn = torch.backends.cudnn
+        with torch.inference_mode(), cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark,
+                                                 deterministic=cudnn.deterministic, allow_tf32=False):
+            found = self.network(batch)
+        image_size = (images[0].shape[1], images[0].shape[0])
+        arrays = zip(*([tensor.cpu().numpy() for tensor in found[name]]
+                       for name in ("keypoints", "scores", "descriptors")))
+        return [Features(*of_image, image_size) for of_image in arrays]
+
+
 def build_extractor(feature_type: str, **settings):
     """Name of SPEC 1 -> a callable image (H, W) uint8 -> Features."""
     if feature_type == "sift":
         return Sift(**settings)
+    if feature_type == "spp":
+        return Spp(**settings)
     raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")

@@ -29,6 +29,7 @@ DEFAULTS = {
     "optim": "adam",  # adam, adamw
     "lr": 1e-4,
     "min_lr": 1e-6,
+    "warmup_its": 0,  # steps over which lr rises from 0: Adam's first steps are all of full size, and undo a warm init
     "decay_rate": 0.999992,
     "decay_iter": 200000,
     "batch_size": 16,  # over all processes
@@ -54,7 +55,7 @@ CHOICES = {
     "optim": ("adam", "adamw"),
 }
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
-         "sinkhorn_iterations": 1, "workers": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0}
+         "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0}
 
 
 def load_train_config(path, arguments: list[str]) -> dict:

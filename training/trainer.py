@@ -44,7 +44,9 @@ def warm_start(matcher) -> None:
 
 
 def learning_rate(config: dict, step: int) -> float:
-    """Constant for decay_iter steps, then multiplied by decay_rate each step, down to min_lr."""
+    """Rising over warmup_its steps, constant to decay_iter, then multiplied by decay_rate each step, to min_lr."""
+    if step < config["warmup_its"]:
+        return config["lr"] * (step + 1) / config["warmup_its"]
     return max(config["lr"] * config["decay_rate"] ** max(0, step - config["decay_iter"]), config["min_lr"])
 
 

@@ -1,0 +1,35 @@
+# make test    install what is missing into .venv, then run the tests
+# make demo    the whole way on scenes made here: images -> features and matches -> training -> evaluation
+# make lint    ruff
+
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO := runs/demo
+
+.PHONY: test demo lint clean-demo
+
+test: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "error: this Python lacks venv; install it: apt-get install python3-venv"; exit 1; }
+	$(PY) -m pip install -q -r requirements.txt
+	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }
+	@touch $@
+
+# Every step goes on where it was stopped, and leaves what is complete as it is.
+demo: .venv/installed
+	$(PY) -m dump.make_scenes --save_path $(DEMO)/train_scenes --scenes 40 --images_per_scene 10 --layouts megadepth
+	$(PY) -m dump.make_scenes --save_path $(DEMO)/test_scenes --scenes 4 --first_scene 1000 --images_per_scene 10 --pairs 25 --layouts yfcc scannet
+	$(PY) -m dump.dump_megadepth --feature_type sift --base_path $(DEMO)/train_scenes/megadepth --save_path $(DEMO)/sift --max_keypoints 1024 --min_keypoints 256 --unique_locations
+	$(PY) train.py --config configs/config_train_demo.json $$(test ! -f $(DEMO)/imp/latest.pth || echo --resume_path $(DEMO)/imp)
+	test -f $(DEMO)/yfcc_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_yfcc_sift.yaml
+	test -f $(DEMO)/scannet_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_scannet_sift.yaml
+	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
+
+clean-demo:
+	rm -rf $(DEMO)

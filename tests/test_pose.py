@@ -1,0 +1,107 @@
+import cv2
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from eval.metrics import pose_error
+from eval.pose import ESTIMATORS, estimate_pose
+from tools.geometry import make_pose, project
+
+METHODS = list(ESTIMATORS)
+# two very different cameras: a mean of the two intrinsics would fit neither
+K0 = np.array([[520.0, 0, 310], [0, 540, 255], [0, 0, 1]])
+K1 = np.array([[1400.0, 0, 900], [0, 1380, 620], [0, 0, 1]])
+
+
+def two_views(n=300, n_wrong=0, noise=0.0, seed=0):
+    """Matched keypoints of points 3 to 9 m before two cameras, and T_0to1; the last n_wrong matches are wrong."""
+    rng = np.random.default_rng(seed)
+    T_0to1 = make_pose(Rotation.from_rotvec([4, -18, 6], degrees=True).as_matrix(), [1.2, 0.1, 0.3])
+    points = np.c_[rng.uniform(-1.5, 1.5, (n, 2)), rng.uniform(3, 9, n)]
+    keypoints0, _ = project(points, K0, np.eye(4))
+    keypoints1, depth = project(points, K1, T_0to1)
+    assert depth.min() > 0
+    if n_wrong:
+        keypoints1[-n_wrong:] = rng.uniform([0, 0], [1800, 1200], (n_wrong, 2))
+    keypoints0 += rng.normal(0, noise, keypoints0.shape)
+    keypoints1 += rng.normal(0, noise, keypoints1.shape)
+    return keypoints0, keypoints1, T_0to1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_points_give_the_exact_pose(method):
+    keypoints0, keypoints1, T_0to1 = two_views()
+    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, method)
+    assert max(pose_error(T_0to1, R, t)) < 0.05
+    assert np.linalg.norm(t) == pytest.approx(1) and t @ T_0to1[:3, 3] > 0
+    assert np.linalg.det(R) == pytest.approx(1)
+    assert inliers.shape == (300,) and inliers.dtype == bool and inliers.mean() > 0.98
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_matches_are_found_out(method):
+    keypoints0, keypoints1, T_0to1 = two_views(n=400, n_wrong=200, noise=0.5)
+    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, method)
+    assert max(pose_error(T_0to1, R, t)) < 3
+    # in their own order: the wrong ones are the last
+    assert inliers[:200].mean() > 0.8 and inliers[200:].mean() < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_arguments_give_the_same_pose(method):
+    keypoints0, keypoints1, _ = two_views(n=200, n_wrong=120, noise=1.0)
+    results = []
+    for seed in (0, 0, 1):
+        cv2.setRNGSeed(len(results) + 100)  # what else used OpenCV's generator must not matter
+        results.append(estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, method, seed))
+    for first, second in zip(results[0], results[1]):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_are_not_modified(method):
+    arguments = [*two_views(n=60, n_wrong=20)[:2], K0.copy(), K1.copy()]
+    copies = [array.copy() for array in arguments]
+    for array in arguments:
+        array.setflags(write=False)
+    estimate_pose(*arguments, 1.0, method)
+    for array, copy in zip(arguments, copies):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_four_points_give_no_pose_and_repeated_ones_no_error(method):
+    keypoints0, keypoints1, _ = two_views(n=4)
+    assert estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, method) is None
+    assert estimate_pose(keypoints0[:0], keypoints1[:0], K0, K1, 1.0, method) is None
+    same0, same1 = np.tile(keypoints0[:1], (20, 1)), np.tile(keypoints1[:1], (20, 1))
+    result = estimate_pose(same0, same1, K0, K1, 1.0, method)
+    assert result is None or np.isfinite(result[0]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_minimal_number_of_points_may_have_several_solutions(method):
+    # OpenCV then returns essential matrices stacked; whichever is chosen must hold for the points
+    keypoints0, keypoints1, _ = two_views(n=5)
+    result = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, method)
+    assert result is None or (result[0].shape == (3, 3) and result[1].shape == (3,) and result[2].shape == (5,))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_threshold_is_in_pixels(method):
+    # 4 px of noise: nearly all within 30 px, few within 0.5
+    keypoints0, keypoints1, _ = two_views(n=200, noise=4.0)
+    counts = [estimate_pose(keypoints0, keypoints1, K0, K1, threshold, method)[2].sum() for threshold in (0.5, 30)]
+    assert counts[0] < 80 and counts[1] > 180
+
+
+def test_magsac_finds_noisy_poses_as_well_as_poselib():
+    # it does not when given camera coordinates instead of pixels
+    errors = {"magsac": [], "poselib": []}
+    for seed in range(12):
+        keypoints0, keypoints1, T_0to1 = two_views(n=100, n_wrong=60, noise=0.7, seed=seed)
+        for method, found in errors.items():
+            pose = estimate_pose(keypoints0, keypoints1, K0, K1, 1.5, method)
+            found.append(max(pose_error(T_0to1, *pose[:2])))
+    assert np.median(errors["magsac"]) < max(1.5 * np.median(errors["poselib"]), 2)
