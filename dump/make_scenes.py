@@ -275,6 +275,8 @@ def find_photographs(folder) -> list[str]:
 
 def check_settings(save_path, settings) -> None:
     """Refuse to mix scenes of different settings in one folder; note them in a new one."""
+    if Path(save_path).exists() and not Path(save_path).is_dir():
+        raise InputError(f"--save_path: {save_path} is a file, not a folder")
     path = Path(save_path) / "make_scenes.json"
     if path.exists():
         there = read_json(path)

@@ -13,7 +13,6 @@ from tools.geometry import make_pose, resize_K
 
 # samples per pixel and side; the texture is filtered for the samples, they in turn smooth the outlines
 SUPERSAMPLING = 2
-NEAR = 0.05  # metres
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +83,11 @@ class Rectangles:
         facing = np.flatnonzero(np.linalg.det(frames) > 1e-6 * area)
         linear = np.linalg.inv(K @ frames[facing])
 
-        # within a row each edge bounds x from one side, so a row's span is exact and needs no clipping of polygons
+        # 0 <= s, t <= 1 over depth, which nothing behind the camera meets. Within a row each bounds x from one side, so
+        # a row's span is exact and no polygon needs clipping
         s, t, inverse = linear[:, 0], linear[:, 1], linear[:, 2]
-        edges = np.stack([s, inverse - s, t, inverse - t, inverse, [0, 0, 1 / NEAR] - inverse], axis=1)
-        slope, rest = edges[..., :1], edges[..., 1:2] * np.arange(h) + edges[..., 2:]  # (m, 6, 1), (m, 6, h)
+        edges = np.stack([s, inverse - s, t, inverse - t], axis=1)
+        slope, rest = edges[..., :1], edges[..., 1:2] * np.arange(h) + edges[..., 2:]  # (m, 4, 1), (m, 4, h)
         with np.errstate(divide="ignore", invalid="ignore"):
             crossing = -rest / slope
         # the small widening closes the cracks that rounding leaves between neighbours

@@ -12,6 +12,8 @@ import numpy as np
 
 from tools.files import read_image
 
+LARGEST_CUT = 1024  # texels
+
 
 def noise(rng, h, w, cell, octaves=4, falloff=0.65) -> np.ndarray:
     """Smooth noise (h, w) float32 with a standard deviation of about 1; `cell` is the coarsest octave in texels."""
@@ -220,7 +222,14 @@ def facade(rng, h, w, scale) -> np.ndarray:
 
 
 def photograph(rng, paths, h, w) -> np.ndarray:
-    """A random cut of the texture's shape out of one of the pictures at `paths`. (h, w, 3) float32."""
+    """A random cut of the texture's shape out of one of the pictures at `paths`. (h, w, 3) float32.
+
+    The ground is a patchwork of several: one picture over all of it would be a blur.
+    """
+    if max(h, w) > LARGEST_CUT:
+        axis = int(w > h)
+        sides = [(h, w // 2), (h, w - w // 2)] if axis else [(h // 2, w), (h - h // 2, w)]
+        return np.concatenate([photograph(rng, paths, *side) for side in sides], axis=axis)
     image = read_image(paths[rng.integers(len(paths))], color=True)
     factor = rng.uniform(0.5, 1) * min(image.shape[0] / h, image.shape[1] / w)
     cut_h, cut_w = max(int(h * factor), 1), max(int(w * factor), 1)

@@ -104,10 +104,13 @@ def _percent(value: float | None) -> str:
 def format_table(summary: dict[str, dict]) -> str:
     """The numbers per method as aligned plain text; shares in percent."""
     with_depth = [numbers["against_depth"] for numbers in summary.values() if "against_depth" in numbers]
-    header = ["method", *(f"AUC@{threshold}" for threshold in AUC_THRESHOLDS), "precision", "match.score", "matches"]
+    header = ["method", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "m.score", "matches"]
+    notes = ["precision: by epipolar error; m.score: matching score; ms: milliseconds per pair"]
     if with_depth:
-        header += ["depth: recall", "precision", f"precision at recall {_percent(with_depth[0]['baseline_recall'])}"]
-    header += ["ms features", "matching", "pose"]
+        recall = _percent(with_depth[0]["baseline_recall"])
+        header += ["recall*", "prec*", f"prec*@{recall}"]
+        notes.append(f"*: against the correspondences by depth; prec*@{recall}: at that recall")
+    header += [f"{stage} ms" for stage in STAGES]
     table = [header]
     for method, numbers in summary.items():
         row = [method]
@@ -115,8 +118,8 @@ def format_table(summary: dict[str, dict]) -> str:
             if "auc" not in numbers:
                 row.append("-")
                 continue
-            low, high = numbers["auc_interval"][threshold]
-            row.append(f"{_percent(numbers['auc'][threshold])} [{_percent(low)}, {_percent(high)}]")
+            low, high = (round(100 * bound) for bound in numbers["auc_interval"][threshold])
+            row.append(f"{_percent(numbers['auc'][threshold])} [{low}, {high}]")
         row += [_percent(numbers["precision"]), _percent(numbers["matching_score"]), f"{numbers['matches']:.0f}"]
         if with_depth:
             against = numbers.get("against_depth", {})
@@ -124,8 +127,9 @@ def format_table(summary: dict[str, dict]) -> str:
         row += [f"{numbers['ms'][stage]:.1f}" for stage in STAGES]
         table.append(row)
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths))) for row in table)
+    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                       for column, (cell, width) in enumerate(zip(row, widths))) for row in table]
+    return "\n".join([*lines, "; ".join(notes)])
 
 
 def write_results(path, settings: dict, summary: dict, skipped: list) -> None:

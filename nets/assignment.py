@@ -5,6 +5,11 @@ from torch import Tensor
 _EPS = 1e-8
 
 
+def _times(vector: Tensor, matrix: Tensor) -> Tensor:
+    """vector (B, m), matrix (B, m, n) -> (B, n). As a row times a matrix, which is many times faster on the CPU."""
+    return torch.bmm(vector.unsqueeze(1), matrix).squeeze(1)
+
+
 class _Sinkhorn(torch.autograd.Function):
     """Row and column scaling of a positive matrix, with the exact gradient of the unrolled steps.
 
@@ -21,9 +26,9 @@ class _Sinkhorn(torch.autograd.Function):
         row_scales, column_scales = [], [v]
         row_sums, column_sums = [], []
         for _ in range(iterations):
-            row_sum = torch.bmm(p, v.unsqueeze(-1)).squeeze(-1).add_(_EPS)
+            row_sum = _times(v, p_t).add_(_EPS)
             u = r / row_sum
-            column_sum = torch.bmm(p_t, u.unsqueeze(-1)).squeeze(-1).add_(_EPS)
+            column_sum = _times(u, p).add_(_EPS)
             v = c / column_sum
             if keep_steps:
                 row_scales.append(u)
@@ -43,16 +48,16 @@ class _Sinkhorn(torch.autograd.Function):
         p_t = p.transpose(1, 2)
         grad_p = grad * u[-1].unsqueeze(-1) * v[-1].unsqueeze(-2)
         weighted = grad * p
-        grad_u = torch.bmm(weighted, v[-1].unsqueeze(-1)).squeeze(-1)
-        grad_v = torch.bmm(weighted.transpose(1, 2), u[-1].unsqueeze(-1)).squeeze(-1)
+        grad_u = _times(v[-1], weighted.transpose(1, 2))
+        grad_v = _times(u[-1], weighted)
         left, right = [], []  # grad of p from each step: an outer product of a row and a column vector
         for k in reversed(range(len(u))):
             grad_b = -grad_v * v[k + 1] / b[k]
-            grad_u = grad_u + torch.bmm(p, grad_b.unsqueeze(-1)).squeeze(-1)
+            grad_u = grad_u + _times(grad_b, p_t)
             grad_a = -grad_u * u[k] / a[k]
             left += [u[k], grad_a]
             right += [grad_b, v[k]]
-            grad_v = torch.bmm(p_t, grad_a.unsqueeze(-1)).squeeze(-1)
+            grad_v = _times(grad_a, p)
             grad_u = torch.zeros_like(grad_u)
         grad_p.baddbmm_(torch.stack(left, dim=-1), torch.stack(right, dim=1))
         return grad_p, None, None, None

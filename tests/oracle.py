@@ -62,7 +62,7 @@ class Oracle:
         return x.view(len(x), x.shape[1] // HEADS, HEADS, x.shape[2])  # channel c is component c // 4 of head c % 4
 
     def attention(self, name, x, source, keep):
-        """softmax(Q K^T / sqrt(D / 4)), (B, 4, N, M); keep: keys in use, one list of indices for all samples, or None."""
+        """softmax(Q K^T / sqrt(D / 4)), (B, 4, N, M); keep: indices of the keys in use, None for all."""
         q, k = (self.split_heads(self.conv(f"{name}.proj.{i}", y)) for i, y in enumerate((x, source)))
         logits = torch.einsum("bdhn,bdhm->bhnm", q, k) / (x.shape[1] / HEADS) ** 0.5
         if keep is not None:

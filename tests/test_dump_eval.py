@@ -275,7 +275,7 @@ def test_configs_are_the_protocol(name, resize, extractor):
     ({"raw_data_dirr": "x"}, "unknown key 'raw_data_dirr'; did you mean 'raw_data_dir'?"),
     ({"extractor": {"max_keypoint": 5}}, "unknown key 'max_keypoint'; did you mean 'max_keypoints'?"),
     ({"extractor": {"nms_radius": 5}}, "unknown key 'nms_radius'"),
-    ({"extractor": {"max_keypoints": "many"}}, "max_keypoints should be a int"),
+    ({"extractor": {"max_keypoints": "many"}}, "max_keypoints should be"),
     ({"extractor": 5}, "extractor should hold keys and values"),
     ({"resize": [1, 2, 3]}, "resize"),
     ({"resize": ["big"]}, "resize"),

@@ -17,7 +17,7 @@ import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
 from dump import workers
-from dump.dump_megadepth import candidate_pairs, dump_megadepth, main, recipe_of, verify_dump
+from dump.dump_megadepth import candidate_pairs, dump_megadepth, main, match_pairs, recipe_of, verify_dump
 from tools.cli import InputError, run
 from tools.features import Features, Sift
 from tools.files import read_image, write_depth, write_image
@@ -202,7 +202,7 @@ def wait_for_records(process, out, n):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("n_workers, kills", [("1", 4), ("2", 2)])
+@pytest.mark.parametrize("n_workers, kills", [("1", 3), ("2", 1)])
 def test_killed_anywhere_ends_with_the_same_bytes(pristine, finished, tmp_path, n_workers, kills):
     rng = np.random.default_rng()
     out = tmp_path / "out"
@@ -230,17 +230,19 @@ def test_killed_anywhere_ends_with_the_same_bytes(pristine, finished, tmp_path, 
 
 
 @pytest.mark.parametrize("number, n_workers", [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
-def test_signal_stops_cleanly(pristine, tmp_path, number, n_workers):
-    process = start(pristine, tmp_path, "--workers", n_workers)
-    wait_for_records(process, tmp_path, 3)
+def test_signal_stops_cleanly(tmp_path, number, n_workers):
+    write_megadepth(tmp_path / "base", n=16)  # large enough not to be done before the signal comes
+    out = tmp_path / "out"
+    process = start(tmp_path / "base", out, "--workers", n_workers)
+    wait_for_records(process, out, 3)
     if number == signal.SIGINT:  # Ctrl-C reaches the workers, too
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and errors == "stopped\n"
-    assert not list(tmp_path.rglob(".*"))
-    assert not (tmp_path / "scenes" / "0001.json").exists()
+    assert not list(out.rglob(".*"))
+    assert not (out / "scenes").exists()
 
 
 def test_goes_on_after_the_last_match(pristine, out, monkeypatch):
@@ -297,8 +299,11 @@ def test_look_ahead_is_bounded():
         assert list(results) == [task for task in range(10, 100) if task != 16]
 
 
-def test_dead_worker_is_one_line():
+def test_workers_take_one_core_and_may_die():
+    """They leave Ctrl-C to their parent, and one that is killed ends the work with one line."""
     with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
+        assert pool.submit(cv2.getNumThreads).result() == 1
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
         list(workers.in_order(pool, os._exit, [1, 1], ahead=2))
 
 
@@ -401,21 +406,33 @@ def test_min_keypoints_is_inclusive(pristine, tmp_path):
         assert (tmp_path / str(least) / "keypoints/0000/0.jpg_sift.npy").exists() == expected
 
 
-def test_few_keypoints_with_depth(base, tmp_path):
-    """An image with 20 keypoints at known depth is in no pair, one with 21 may be."""
-    image_path, depth_path = (base / path for path in ("Undistorted_SfM/0000/images/0.jpg",
-                                                       "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/0.h5"))
-    places = np.floor(Sift(unique_locations=True)(read_image(image_path)).keypoints).astype(int)
-    places = np.unique(places, axis=0)
-    depth = np.zeros(SIZE[::-1], np.float32)
-    for n in (20, 21):
-        depth[places[:n, 1], places[:n, 0]] = 4
-        write_depth(depth_path, depth)
-        dump(base, tmp_path / str(n), "--unique_locations")
-        record = read_record(tmp_path / str(n) / "keypoints/0000/0.jpg_sift.npy")
-        if np.count_nonzero(record["depth"]) == n:
-            counts = json.loads((tmp_path / str(n) / "scenes" / "0000.json").read_text())
-            assert counts["rejected"]["few_keypoints_with_depth"] == (6 if n == 20 else 0)
+def test_limits_of_a_pair(finished, tmp_path):
+    """More than 20 keypoints with depth on each side, and more than 20 matches; a view is matched with itself here."""
+    record = read_record(finished / "keypoints" / "0000" / "0.jpg_sift.npy")
+    apart = []  # keypoints that cannot be taken for one another
+    for i, place in enumerate(record["keypoints"]):
+        if all(np.abs(place - record["keypoints"][j]).max() > 10 for j in apart):
+            apart.append(i)
+
+    def known(rows):
+        path = tmp_path / f"{rows[0]}_{len(rows)}.npy"
+        depth = np.zeros_like(record["depth"])
+        depth[rows] = record["depth"][rows]
+        write_record(path, {**record, "depth": depth})
+        return path
+
+    first20, first21, other21, all_of_them = (known(rows) for rows in (apart[:20], apart[:21], apart[1:22], apart))
+    few_depths, few_depths_too, few_matches, enough = match_pairs(
+        [(first20, all_of_them), (all_of_them, first20), (first21, other21), (first21, all_of_them)])
+    assert few_depths == few_depths_too == "few_keypoints_with_depth" and few_matches == "few_matches"
+    assert enough.tolist() == [[i, i] for i in sorted(apart[:21])]
+
+
+def test_view_without_depth_is_in_no_pair(base, tmp_path):
+    write_depth(base / "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/0.h5", np.zeros(SIZE[::-1]))
+    assert dump(base, tmp_path / "out") == 0
+    counts = json.loads((tmp_path / "out" / "scenes" / "0000.json").read_text())
+    assert counts["rejected"]["few_keypoints_with_depth"] == 6 and counts["images"] == 4
 
 
 def test_scene_without_valid_pairs(base, tmp_path, capsys):

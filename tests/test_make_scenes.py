@@ -128,15 +128,31 @@ def test_a_plane_through_the_camera_is_clipped_in_front_of_it():
 
 
 def test_far_textures_are_averaged_not_aliased():
-    # a checkerboard of single texels, minified 16 times along x alone and along both: plain gray is the only answer
-    checks = np.uint8(255 * (np.indices((512, 512)).sum(axis=0) % 2))
-    atlas = Atlas([np.repeat(checks[..., None], 3, axis=2)])
-    for right, down in ((0.32, 0.32), (0.32, 1.5)):
-        rectangle = Rectangle(np.array([-right / 2, -down / 2, 1]), np.array([right, 0, 0]), np.array([0, down, 0]), 0)
-        rectangles = Rectangles([rectangle])
+    # black and white texels, about 16 times too many along x alone or along both: what is left is the mean
+    texture = 255 * np.random.default_rng(0).integers(0, 2, (512, 512, 1)).astype(np.uint8)
+    atlas = Atlas([np.repeat(texture, 3, axis=2)])
+    for width, height, most in ((0.33, 0.31, 12), (0.33, 1.5, 25)):
+        corner = np.array([-width / 2, -height / 2, 1])
+        rectangles = Rectangles([Rectangle(corner, np.array([width, 0, 0]), np.array([0, height, 0]), 0)])
         index, _, linear = rectangles.rasterise(K_CENTRED, np.eye(4), (160, 120))
         gray = rectangles.paint(atlas, index, linear)[index >= 0]
-        assert len(gray) > 500 and np.abs(gray.astype(int) - 127).max() <= 2
+        assert len(gray) > 800 and abs(gray.mean() - 127) < 5 and gray.std() < most
+
+
+def test_image_is_in_register_with_the_camera():
+    # a white square in the middle of a black board: its centre must appear where the camera projects it
+    picture = np.zeros((256, 256, 3), np.uint8)
+    picture[112:144, 112:144] = 255
+    rectangles, atlas, found = Rectangles([board(2, 8)]), Atlas([picture]), []
+    K = K_CENTRED + [[0, 0, 0.3], [0, 0, -0.4], [0, 0, 0]]
+    for seed in range(8):
+        image, depth = render(np.random.default_rng(seed), rectangles, atlas, K, np.eye(4), (160, 120), 34)
+        assert np.allclose(depth, 2, rtol=1e-5)
+        window = image[25:95, 45:115].mean(axis=2)
+        white = np.maximum(window - np.percentile(window, 10) - 20, 0)
+        y, x = np.indices(white.shape)
+        found.append([45 + (white * x).sum() / white.sum(), 25 + (white * y).sum() / white.sum()])
+    assert np.abs(np.median(found, axis=0) - [79.8, 59.1]).max() < 0.08
 
 
 def test_texture_is_upright_and_in_register():
@@ -312,6 +328,22 @@ def test_bad_input_ends_in_one_line_and_status_2(arguments, word, tmp_path, monk
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_for_a_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(main, ["--save_path", str(tmp_path / "file"), "--workers", "1"]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
+def test_a_large_surface_is_a_patchwork_of_photographs(tmp_path):
+    for i in range(6):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((50, 50, 3), 40 * i, np.uint8))
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    rng = np.random.default_rng(0)
+    assert make_texture(rng, "ground", 700, 2001, 32, paths).shape == (700, 2001, 3)
+    assert len(np.unique(make_texture(rng, "ground", 3000, 1500, 32, paths))) > 2
+    assert len(np.unique(make_texture(rng, "front", 700, 900, 32, paths))) == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused(root, capsys):
