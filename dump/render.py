@@ -174,11 +174,17 @@ def sunlight(rectangles, sun, index, depth, K, pose, radius, resolution=1024) ->
     x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
     u, v, z = (evaluate(A[i], x, y) * depth + np.float32(b[i]) for i in range(3))
     z = 1 / z
-    blocker = cv2.remap(nearest, u * z, v * z, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
-    # a surface must not shade itself through the coarse steps of the map
-    lit = (z > blocker * np.float32(1 - 0.2 / distance)).astype(np.float32)
+    # the verdicts, not the depths, of the four nearest samples are interpolated: outlines of shadows without steps
+    left, top = np.floor(u * z), np.floor(v * z)
+    right_share, bottom_share = u * z - left, v * z - top
+    lit = np.zeros((h, w), np.float32)
+    for dx, x_share in ((0, 1 - right_share), (1, right_share)):
+        for dy, y_share in ((0, 1 - bottom_share), (1, bottom_share)):
+            blocker = cv2.remap(nearest, left + dx, top + dy, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
+            # the margin: a surface must not shade itself through the coarse steps of the map
+            lit += (z > blocker * np.float32(1 - 0.2 / distance)) * x_share * y_share
     incidence = np.append(np.maximum(rectangles.normals @ sun, 0), 0).astype(np.float32)
-    return incidence[index] * cv2.GaussianBlur(lit, (5, 5), 1.2)
+    return incidence[index] * cv2.GaussianBlur(lit, (5, 5), 1)
 
 
 def sky(rng, K, pose, size) -> np.ndarray:

@@ -173,6 +173,9 @@ def write_pictures(folder, pair_set, results: dict[str, list[PairResult]], count
     ranking = sorted(range(len(rows)), key=lambda i: (rows[i].error is None, rows[i].error or 0, -len(rows[i].matches)))
     chosen = [ranking[place] for place in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
     names = ["easy", *(f"middle{number}" for number in range(1, len(chosen) - 1)), "hard"]
+    for pattern in ("pairs_easy.png", "pairs_middle*.png", "pairs_hard.png"):  # of an earlier run, they would mislead
+        for stale in Path(folder).glob(pattern):
+            stale.unlink()
     failed = []
     for name, i in zip(names, chosen):
         try:

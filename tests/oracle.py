@@ -14,7 +14,7 @@ class Oracle:
     """A network as a function of its state dict.
 
     kind: gm, imp or eimp. state: copied; its parameters get gradients in `parameters`, and running statistics are
-    updated in `state` when training.
+    updated in `state` when training. n_dropped: by pooling, in all runs so far.
     """
 
     def __init__(self, kind, state, norm_fn="in", ac_fn="relu", with_sinkhorn=True, n_min_tokens=256,
@@ -25,6 +25,7 @@ class Oracle:
         self.state = {name: value.detach().clone() for name, value in state.items()}
         self.parameters = {name: value.requires_grad_() for name, value in self.state.items()
                            if value.is_floating_point() and "running" not in name}
+        self.n_dropped = 0
         self.n_layers = sum(name.startswith("final_proj") and name.endswith("weight") for name in state)
 
     def conv(self, name, x):
@@ -127,6 +128,7 @@ class Oracle:
                 masses = [m[0].sum(dim=(0, 1)) / m[0].sum() for m in masses]
                 keep0, keep1 = (self.pool(p, keep0, masses[0], masses[1], pool_threshold),
                                 self.pool(p.T, keep1, masses[2], masses[3], pool_threshold))
+        self.n_dropped += x0.shape[2] - len(keep0) + x1.shape[2] - len(keep1)
         return result
 
     def pool(self, p, keep, mass_self, mass_cross, threshold):

@@ -126,6 +126,7 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
     command = evaluate_command(scene, tmp_path, "--depth_dir", scene / "depths", "--pictures", 2, "--threshold", 1,
                                "--unique_locations")
     command.insert(1, "NN")
+    (tmp_path / "pairs_middle1.png").write_text("of an earlier run with more pictures")
     assert run(eval_imp.main, command) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:6:2] == ["method", "[95%]", "[95%]"] and "prec*@" in table[0]

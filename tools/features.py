@@ -58,7 +58,7 @@ class Spp:
     if there is one), cpu, cuda or cuda:N.
     """
 
-    def __init__(self, max_keypoints=4096, keypoint_threshold=0.001, nms_radius=3, device="auto", weights=None):
+    def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, device="auto", weights=None):
         # here, not above: workers that extract sift need no torch, and tools.checkpoint needs this module
         from tools.checkpoint import load_superpoint
         from tools.distributed import choose_device
