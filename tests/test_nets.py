@@ -12,7 +12,7 @@ from nets import EIMP, GM, IMP, build_matcher
 from nets.assignment import assign, mutual_matches, sinkhorn
 from nets.layers import normalize_keypoints
 from nets.losses import matching_loss
-from nets.pooling import keep_indices
+from nets.pooling import keep_indices, keep_mask
 
 KINDS = ("gm", "imp", "eimp")
 DIM = 32
@@ -277,6 +277,11 @@ def test_a_batch_equals_its_items(kind, norm_fn):
                 expected_matches, expected_scores = matcher.match_all_iterations(part, pool_threshold=threshold)
                 assert torch.equal(matches0[:, b, :n0], expected_matches[:, 0])
                 close(scores0[:, b, :n0], expected_scores[:, 0])
+        *_, state = matcher.iterate(batch)
+        for b, part in enumerate(parts):
+            *_, alone = matcher.iterate(part)
+            for x, of_part in ((state.x0, alone.x0), (state.x1, alone.x1)):
+                close(x[b, :of_part.shape[1]], of_part[0])
     if norm_fn != "bn":
         loss = matcher.train()(same)["loss"]
         close(loss, torch.stack([matcher(part)["loss"] for part in items]).mean())
@@ -421,20 +426,27 @@ def test_removal(pool_at, with_sinkhorn):
         close(a, b)
 
 
-def test_removal_with_padding():
+@pytest.mark.parametrize("n_min_tokens", [6, 1000])
+def test_removal_with_padding(n_min_tokens):
+    """Padding comes first here: 9 and 5 keypoints. It may stay, where all stay, but it means nothing."""
     matcher = make_matcher("eimp", n_layers=8)
+    matcher.n_min_tokens = n_min_tokens
     data = make_data(40, 32, DIM, seed=3)
-    n_padding = 0
-    for state, padded in zip(matcher.iterate(data), matcher.iterate(pad(data, 9, 5))):
-        for a, b, n in zip(state.matches(0.1), padded.matches(0.1), (40, 32, 40, 32)):
-            close(b[:, :n], a)
-            assert (b[:, n:] <= 0).all()
+    padded = {key: value.roll(9 if key[-1] == "0" else 5, dims=1) for key, value in pad(data, 9, 5).items()
+              if key[-1] in "01"}
+    for state, other in zip(matcher.iterate(data), matcher.iterate(padded)):
+        matches0, matches1, scores0, scores1 = state.matches(0.1)
+        expected = (torch.where(matches0 >= 0, matches0 + 5, -1), torch.where(matches1 >= 0, matches1 + 9, -1), scores0,
+                    scores1)
+        for a, b, n in zip(expected, other.matches(0.1), (9, 5, 9, 5)):
+            close(b[:, n:], a)
+            assert (b[:, :n] <= 0).all()
         if state.iteration in (3, 5):
             state.remove(0.6)
-            padded.remove(0.6)
-            n_padding += (padded.indices0 >= 40).sum()
-            assert torch.equal(padded.indices0[padded.indices0 < 40], state.indices0)
-    assert n_padding == 0
+            other.remove(0.6)
+            assert torch.equal(other.indices0[other.indices0 >= 9] - 9, state.indices0)
+            assert torch.equal(other.indices1[other.indices1 >= 5] - 5, state.indices1)
+    assert (len(state.indices0) < 38) == (n_min_tokens == 6) and (matches0 >= 0).sum() > 5
 
 
 def test_removal_is_for_one_pair():
@@ -456,6 +468,10 @@ def test_keep_indices():
     assert keep_indices(p, mass_self, mass_cross, 0.2, 6).tolist() == [0, 1, 2, 3, 4, 5]
     assert keep_indices(p, mass_self, mass_cross, 0.2, 7).tolist() == list(range(7))
     assert keep_indices(p, mass_self, mass_cross, 0.3, 0).tolist() == list(range(7))
+    active = torch.arange(7) != 2
+    kept = keep_mask(p[None], mass_self[None], mass_cross[None], 0.2, 5, active[None])[0]
+    assert kept.tolist() == [True, True, False, True, True, False, False]  # medians over {0, 1, 3}: 0.2 and 0.4
+    assert torch.equal(keep_mask(p[None], mass_self[None], mass_cross[None], 0.3, 5, active[None])[0], active)
     kept = keep_indices(torch.zeros(1, 5), torch.zeros(0), torch.zeros(0), 0.2, 0)
     assert kept.dtype == torch.int64 and kept.tolist() == []
 

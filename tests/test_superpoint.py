@@ -101,6 +101,14 @@ def test_by_the_book(height, width, radius, threshold):
         np.testing.assert_allclose(descriptor, expected[xy][1], atol=1e-5)
 
 
+def test_border(weights):
+    """4 px of what the cells cover: without suppression and threshold every other pixel is a keypoint."""
+    network = checkpoint.load_superpoint(weights, nms_radius=0, keypoint_threshold=0.0)
+    with torch.no_grad():
+        keypoints = network(to_tensor(random_image(29, 35)))["keypoints"][0]
+    assert [tuple(xy) for xy in keypoints.int().tolist()] == [(x, y) for y in range(4, 20) for x in range(4, 28)]
+
+
 def test_strongest_first(network, weights):
     image = to_tensor(random_image(64, 88))
     with torch.no_grad():

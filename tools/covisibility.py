@@ -13,14 +13,14 @@ MAX_POINTS = 2000  # 3D points kept per image
 CHUNK = 16384
 
 
-def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None) -> dict:
+def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None, progress=True) -> dict:
     """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
 
     image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel
     convention. poses: n (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit
     of the poses; it is called twice per image, and one map is held at a time, so that memory is about 100 KB of
     samples and 1 MB of 3D points per image. voxel_size: of the 3D points, in that same unit; by default the median
-    depth / 50.
+    depth / 50. progress: show bars.
 
     `overlap_matrix[i, j]` is the share of i's surface (a regular grid of about 2400 pixels, those with known depth)
     that lands inside image j, in front of it, where j's depth is known and within 5%: what j's depth map does not
@@ -35,7 +35,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     poses = [np.asarray(pose, np.float64) for pose in poses]
 
     points, depths = [], []
-    for i in tqdm(range(n), desc="depth samples", unit="image"):
+    for i in tqdm(range(n), desc="depth samples", unit="image", disable=not progress):
         pixels, depth = sample_depth(read_depth(i))
         points.append(lift(pixels, depth, intrinsics[i], poses[i]))
         depths.append(depth)
@@ -49,7 +49,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
 
     overlap = np.zeros((n, n))
     point_ids, point_pixels, point_ndepths = [], [], []
-    for j in tqdm(range(n), desc="covisibility", unit="image"):
+    for j in tqdm(range(n), desc="covisibility", unit="image", disable=not progress):
         depth_map = read_depth(j)
         seen = np.concatenate([np.zeros(0, bool)] + [
             is_seen(points[start:start + CHUNK], depth_map, intrinsics[j], poses[j])
