@@ -237,8 +237,7 @@ def build_matchers(args) -> dict:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eval.eval_imp", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("eval.eval_imp", description=__doc__.split("\n\n")[0])
     parser.add_argument("--matching_method", nargs="+", required=True, choices=list(MATCHERS), metavar="METHOD",
                         help=f"one or more of {', '.join(MATCHERS)}; the first is the baseline")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -252,20 +251,26 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--weights", help="checkpoint (default: the method's file under weights/)")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
-    parser.add_argument("--match_threshold", type=float, default=0.2, help="score of a network's match")
-    parser.add_argument("--ratio", type=float, default=0.8, help="of NN_ratio")
+    parser.add_argument("--match_threshold", type=float, default=0.2,
+                        help="score of a network's match (default: %(default)s)")
+    parser.add_argument("--ratio", type=float, default=0.8, help="of NN_ratio (default: %(default)s)")
     parser.add_argument("--threshold", type=float, help="of the pose estimator, pixels (default: 1 for yfcc, else 3)")
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="magsac", help="of the pose")
-    parser.add_argument("--max_keypoints", type=int, default=2000, help="pair list: keypoints of an image")
-    parser.add_argument("--contrast_threshold", type=float, default=1e-5, help="pair list: of sift")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="magsac",
+                        help="of the pose (default: %(default)s)")
+    parser.add_argument("--max_keypoints", type=int, default=2000,
+                        help="pair list: keypoints of an image (default: %(default)s)")
+    parser.add_argument("--contrast_threshold", type=float, default=1e-5,
+                        help="pair list: of sift (default: %(default)s)")
     parser.add_argument("--unique_locations", action="store_true", help="pair list: one sift keypoint per place")
     parser.add_argument("--resize", type=int, nargs="+", metavar="PIXELS",
                         help="pair list: width and height, or the longer side, to extract features at")
     parser.add_argument("--limit", type=int, help="evaluate that many pairs, spread evenly over the set")
-    parser.add_argument("--seed", type=int, default=0, help="of the pose estimator and of the intervals")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the pose estimator and of the intervals (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--pictures", type=int, default=4, help="how many pairs to draw, easy to hard")
+                        help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=4,
+                        help="how many pairs to draw, easy to hard (default: %(default)s)")
     parser.add_argument("--save_path", help="folder of the results (default: runs/eval/{set}_{feature})")
     args = parser.parse_args(argv)
     if args.resize and (len(args.resize) > 2 or min(args.resize) < 1):

@@ -67,9 +67,10 @@ def read_image(path, color: bool = False) -> np.ndarray:
 
 
 def write_image(path, image: np.ndarray, quality: int = 95) -> None:
-    """Write a BGR or gray image, atomically; the format follows the suffix."""
+    """Write a BGR or gray image, atomically; the format follows the suffix, quality is JPEG's."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if Path(path).suffix in (".jpg", ".jpeg") else []
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), image, [cv2.IMWRITE_JPEG_QUALITY, quality]):
+        if not cv2.imwrite(str(temporary), image, options):
             raise InputError(f"cannot write image {path}")
 
 
@@ -88,7 +89,7 @@ def read_depth(path) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
             depth = file["depth"][()].astype(np.float32)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"not a depth map (HDF5 with a dataset 'depth'): {path} ({error})") from None
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
 
