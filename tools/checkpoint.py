@@ -109,7 +109,8 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     config = content.get("config")
     config = config if isinstance(config, dict) else {}
     settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
-    settings.update({key: config[key] for key in ("ac_fn", "with_sinkhorn", "n_min_tokens") if key in config})
+    told = ("ac_fn", "with_sinkhorn", "sinkhorn_iterations", "n_min_tokens")
+    settings.update({key: config[key] for key in told if key in config})
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
     return matcher.float().eval().to(device)

@@ -8,7 +8,8 @@ import yaml
 from tools.cli import InputError
 from tools.files import read_json
 
-_KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+_KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+         dict: "a mapping"}
 
 
 def read_yaml(path) -> dict:
@@ -25,7 +26,7 @@ def read_yaml(path) -> dict:
 
 
 def _typed(key: str, value, default, source: str):
-    """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool; None means a string or nothing."""
+    """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool; None: a string or nothing."""
     expected = str if default is None else type(default)
     if expected is bool and value in (0, 1):
         return bool(value)

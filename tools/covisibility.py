@@ -13,7 +13,8 @@ MAX_POINTS = 2000  # 3D points kept per image
 CHUNK = 16384
 
 
-def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None, progress=True) -> dict:
+def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None,
+                          progress=True) -> dict:
     """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
 
     image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel

@@ -49,7 +49,7 @@ DEFAULTS = {
 CHOICES = {
     "feature": ("sift", "spp"),
     "network": ("gm", "imp", "dgnns", "eimp", "adagmn"),
-    "norm_fn": ("in", "bn", None),
+    "norm_fn": ("in", "bn"),
     "ac_fn": ("relu", "gelu", "lrelu"),
     "init": ("published", "warm"),
     "optim": ("adam", "adamw"),
@@ -63,7 +63,7 @@ def load_train_config(path, arguments: list[str]) -> dict:
     config = load_config(path, DEFAULTS, arguments)
     for key, choices in CHOICES.items():
         if config[key] not in choices:
-            raise InputError(f"{key} {config[key]!r}: expected one of {', '.join(map(str, choices))}")
+            raise InputError(f"{key} {config[key]!r}: expected one of {', '.join(choices)}")
     for key, least in LEAST.items():
         if config[key] < least:
             raise InputError(f"{key} {config[key]}: expected at least {least}")
