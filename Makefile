@@ -23,7 +23,7 @@ lint: .venv/installed
 
 # Every step goes on where it was stopped, and leaves what is complete as it is.
 demo: .venv/installed
-	$(PY) -m dump.make_scenes --save_path $(DEMO)/train_scenes --scenes 160 --images_per_scene 6 --layouts megadepth
+	$(PY) -m dump.make_scenes --save_path $(DEMO)/train_scenes --scenes 120 --images_per_scene 6 --layouts megadepth
 	$(PY) -m dump.make_scenes --save_path $(DEMO)/test_scenes --scenes 4 --first_scene 1000 --images_per_scene 10 --pairs 25 --layouts yfcc scannet
 	$(PY) -m dump.dump_megadepth --feature_type sift --base_path $(DEMO)/train_scenes/megadepth --save_path $(DEMO)/sift --max_keypoints 512 --min_keypoints 256 --unique_locations
 	$(PY) train.py --config configs/config_train_demo.json $$(test ! -f $(DEMO)/imp/latest.pth || echo --resume_path $(DEMO)/imp)

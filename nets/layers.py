@@ -28,6 +28,25 @@ class Linear(nn.Conv1d):
         return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
+class _Standardize(torch.autograd.Function):
+    """(B, N, C) to mean 0 and variance 1 over N; the plain sums are many times faster than var_mean over that axis."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = x - x.mean(dim=1, keepdim=True)
+        scale = torch.rsqrt(y.square().mean(dim=1, keepdim=True) + NORM_EPS)
+        y.mul_(scale)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(dim=1, keepdim=True)
+        return (grad - grad.mean(dim=1, keepdim=True)).addcmul_(y, along, value=-1).mul_(scale)
+
+
 class InstanceNorm(nn.Module):
     """Each channel of each view to mean 0 and variance 1 over its keypoints; no parameters."""
 
@@ -38,12 +57,11 @@ class InstanceNorm(nn.Module):
         if x.shape[1] == 0:
             return x
         if mask is None:
-            var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        else:
-            weight = mask.unsqueeze(-1).to(x.dtype)
-            weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = (x * weight).sum(dim=1, keepdim=True)
-            var = ((x - mean).square() * weight).sum(dim=1, keepdim=True)
+            return _Standardize.apply(x)
+        weight = mask.unsqueeze(-1).to(x.dtype)
+        weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = (x * weight).sum(dim=1, keepdim=True)
+        var = ((x - mean).square() * weight).sum(dim=1, keepdim=True)
         return (x - mean) * torch.rsqrt(var + NORM_EPS)
 
 

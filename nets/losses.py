@@ -4,7 +4,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nets.assignment import mutual_matches
+from nets.eight_point import MIN_GAP, eight_point_with_gap
+
 _EPS = 1e-8
+_MAX_EPIPOLAR = 0.1  # squared distance in units of the focal length; OANet's
 
 
 class Targets(NamedTuple):
@@ -65,3 +69,62 @@ def matching_loss(assignment: Tensor, matching_mask: Tensor) -> tuple[Tensor, Te
     rest. The loss is the sum of the two.
     """
     return matching_loss_from_targets(assignment, targets_from_mask(matching_mask))
+
+
+def epipolar_distance(x0: Tensor, x1: Tensor, E: Tensor) -> Tensor:
+    """Symmetric squared epipolar distance (B, N) of x0, x1 (B, N, 2), in their units, to E (B, 3, 3).
+
+    (x1^T E x0)^2 (1 / |E x0|_12^2 + 1 / |E^T x1|_12^2): the sum of the squared distances of each point to the
+    epipolar line of the other.
+    """
+    ones = torch.ones_like(x0[..., :1])
+    x0, x1 = torch.cat([x0, ones], dim=-1), torch.cat([x1, ones], dim=-1)
+    lines1, lines0 = x0 @ E.transpose(1, 2), x1 @ E
+    weights = sum(1 / (lines[..., :2].square().sum(dim=-1) + _EPS) for lines in (lines0, lines1))
+    return (x1 * lines1).sum(dim=-1).square() * weights
+
+
+def _drop_bad_gradients(grad: Tensor) -> Tensor:
+    """Gradient (B, N) with 0 throughout the samples in which any of it is not finite."""
+    return torch.where(torch.isfinite(grad).all(dim=1, keepdim=True), grad, 0)
+
+
+def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: Tensor,
+                          has_pose: Tensor) -> tuple[Tensor, Tensor]:
+    """How far true matches lie from the epipolar geometry of the predicted ones: loss and samples used, scalars.
+
+    assignment (B, N0+1, N1+1); targets: true matches; x0 (B, N0, 2), x1 (B, N1, 2): keypoints in normalised camera
+    coordinates; has_pose (B,): 0 where they have none.
+
+    E_hat is the weighted eight-point solution of the mutual argmax of the assignment, each match weighing its score;
+    the loss of a sample is the mean over its true matches of the `epipolar_distance` to E_hat, at most 0.1 each. The
+    predicted matches are what a pose is computed from when the network is used, and gradients then lower the scores
+    of the wrong ones. The true matches' entries would all agree with the pose, and hardly give a gradient. No score
+    threshold: the weight does its work, and what lies below would get no gradient.
+
+    A sample without pose or true matches, with fewer than 8 predicted matches, with an E_hat that these do not
+    determine, or with values that are not finite, counts as 0 and is not among those used. The loss is a mean over
+    the whole batch, as that does not depend on how a batch is dealt out over processes.
+    """
+    n1 = assignment.shape[2] - 1
+    with torch.autocast(assignment.device.type, enabled=False):
+        matches0 = mutual_matches(assignment, 0.0)[0]
+        predicted = matches0 >= 0
+        partners = matches0.clamp(min=0).unsqueeze(-1)
+        scores = assignment[:, :-1, :-1].gather(2, partners).squeeze(-1)
+        true = (targets.matches0 >= 0) & (targets.matches0 < n1)
+        finite = torch.isfinite(scores).all(dim=1)
+        for x in (x0, x1):
+            finite = finite & torch.isfinite(x).flatten(1).all(dim=1)
+        used = (has_pose > 0) & finite & (predicted.sum(dim=1) >= 8) & true.any(dim=1)
+
+        x0, x1 = (torch.where(used.view(-1, 1, 1), x, 0) for x in (x0, x1))
+        w = torch.where(predicted & used.unsqueeze(-1), scores, 0)
+        if w.requires_grad:
+            w.register_hook(_drop_bad_gradients)
+        E, gap = eight_point_with_gap(x0, x1.gather(1, partners.expand(-1, -1, 2)), w)
+        true1 = targets.matches0.clamp(0, n1 - 1).unsqueeze(-1).expand(-1, -1, 2)
+        distance = epipolar_distance(x0, x1.gather(1, true1), E).clamp(max=_MAX_EPIPOLAR)
+        losses = _mean_per_sample(distance, true)[0]
+        used = used & (gap > MIN_GAP) & torch.isfinite(losses)
+        return torch.where(used, losses, 0).mean(), used.sum()

@@ -14,7 +14,7 @@ from nets.layers import (
     SharedAttentionLayer,
     normalize_keypoints,
 )
-from nets.losses import matching_loss_from_targets, restrict, targets_from_mask
+from nets.losses import matching_loss_from_targets, pose_consistency_loss, restrict, targets_from_mask
 from nets.pooling import keep_indices, keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
@@ -149,7 +149,8 @@ class Matcher(nn.Module):
 
     data: descriptors0/1 (B, N, D), scores0/1 (B, N), and norm_keypoints0/1 (B, N, 2), or keypoints0/1 (B, N, 2) in
     pixels with image_size0/1 (B, 2) as (w, h); optionally mask0/1 (B, N) bool, True = real keypoint, False = padding;
-    for training also matching_mask (B, N0+1, N1+1).
+    for training also matching_mask (B, N0+1, N1+1), and for the pose loss camera_keypoints0/1 (B, N, 2), in normalised
+    camera coordinates, and has_pose (B,).
     """
 
     shares_attention = False  # whether layers reuse the attention matrix of the iteration before
@@ -197,19 +198,25 @@ class Matcher(nn.Module):
             state.advance()
             yield state
 
-    def forward(self, data: dict, n_layers: int | None = None) -> dict:
+    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0) -> dict:
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
         With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
         iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr (counts per sample and
-        iteration); every iteration's assignment is then computed.
+        iteration); every iteration's assignment is then computed. With pose_weight > 0 besides, the scalars pose_loss
+        (mean over iterations) and pose_samples (how many samples of the batch it could use, mean over iterations), and
+        loss is the matching loss plus pose_weight times pose_loss.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
         targets = targets_from_mask(data["matching_mask"]) if "matching_mask" in data else None
-        supervised = []
+        supervised, posed = [], []
         for state in self.iterate(data, n_layers):
             if targets is not None:
-                supervised.append(self._supervise(state, targets))
+                kept = restrict(targets, state.keep0, state.keep1)
+                supervised.append(self._supervise(state, kept))
+                if pose_weight > 0:
+                    posed.append(pose_consistency_loss(state.assignment, kept, data["camera_keypoints0"],
+                                                       data["camera_keypoints1"], data["has_pose"]))
             if state.iteration == n_layers - 1:
                 matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
             elif self.pools and pools_after(state.iteration):
@@ -220,11 +227,14 @@ class Matcher(nn.Module):
                      "total_acc_incorr")
             out.update({name: torch.stack(values).mean() for name, values in zip(names, zip(*supervised))})
             out["loss"] = out["matching_loss_corr"] + out["matching_loss_incorr"]
+        if posed:
+            losses, used = zip(*posed)
+            out["pose_loss"], out["pose_samples"] = torch.stack(losses).mean(), torch.stack(used).float().mean()
+            out["loss"] = out["loss"] + pose_weight * out["pose_loss"]
         return out
 
     def _supervise(self, state: MatchingState, targets):
-        """Losses and counts of one iteration, scalars in the order `forward` names them."""
-        targets = restrict(targets, state.keep0, state.keep1)
+        """Losses and counts of one iteration, scalars in the order `forward` names them; targets of kept keypoints."""
         corr, incorr = matching_loss_from_targets(state.assignment, targets)
         matches0 = mutual_matches(state.assignment, self.match_threshold)[0]
         n1 = state.x1.shape[1]

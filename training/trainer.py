@@ -27,6 +27,7 @@ FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "
                   "keep_checkpoints", "base_path", "val_scene_list_fn", "scene_list_fn", "val_pairs"}
 LOGGED = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
           "total_acc_incorr")
+LOGGED_WITH_POSE = (*LOGGED, "pose_loss", "pose_samples")
 
 
 @torch.no_grad()
@@ -190,7 +191,10 @@ class Trainer:
             group["lr"] = learning_rate(self.config, self.step)
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
-        out = self.parallel({key: value.to(self.job.device, non_blocking=True) for key, value in batch.items()})
+        config = self.config
+        pose_weight = config["pose_weight"] if config["with_pose"] and self.step >= config["pose_start"] else 0.0
+        batch = {key: value.to(self.job.device, non_blocking=True) for key, value in batch.items()}
+        out = self.parallel(batch, pose_weight=pose_weight)
         out["loss"].backward()
         # the gradients have been averaged: a bad loss anywhere spoils them everywhere
         (bad,) = self.job.any([not bool(torch.isfinite(out["loss"]))])
@@ -202,9 +206,10 @@ class Trainer:
                                  "lower lr, or look at the data")
         else:
             self.optimizer.step()
-        values = self.job.mean(torch.stack([out[name].detach().float() for name in LOGGED]))
+        names = LOGGED_WITH_POSE if pose_weight > 0 else LOGGED
+        values = self.job.mean(torch.stack([out[name].detach().float() for name in names]))
         if self.writer is not None:
-            logged = dict(zip(LOGGED, values.tolist()))
+            logged = dict(zip(names, values.tolist()))
             for name, value in logged.items():
                 self.writer.add_scalar(f"train/{name}", value, self.step)
             self.writer.add_scalar("train/lr", learning_rate(self.config, self.step - 1), self.step)
