@@ -207,15 +207,16 @@ def test_warm_start_gain():
 def start(setup, *arguments):
     return subprocess.Popen([sys.executable, "train.py", "--config", str(setup), *map(str, arguments)], cwd=REPOSITORY,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
-def test_sigterm_saves_and_the_run_goes_on(setup, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(setup, tmp_path, number):
     process = start(setup, "--epochs", 100000, "--workers", 1)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "epoch_00001.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "stopped" in output

@@ -35,6 +35,12 @@ DEFAULTS = {
     "batch_size": 16,  # over all processes
     "epochs": 10000,
     "its_per_epoch": 1000,  # steps; -1: as many as one draw of pairs gives
+    # pose-consistency loss
+    "with_pose": False,
+    # Clamped at 0.1, the pose loss then adds at most 1. Of a like size as the matching loss while matches are poor, it
+    # fades as they get good.
+    "pose_weight": 10.0,
+    "pose_start": 20000,  # steps after which it is switched on: by then matches are good enough for eight points
     "max_minutes": 0.0,  # stop cleanly after so long; 0: no limit
     "seed": 0,
     # machine
@@ -55,7 +61,8 @@ CHOICES = {
     "optim": ("adam", "adamw"),
 }
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
-         "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0}
+         "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
+         "pose_weight": 0, "pose_start": 0}
 
 
 def load_train_config(path, arguments: list[str]) -> dict:

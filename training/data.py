@@ -4,6 +4,7 @@ Every sample is a function of (seed, number of the sample in the run), so a run 
 of workers and processes, and goes on after a stop from the number alone.
 """
 import functools
+import signal
 from collections.abc import Iterator
 
 import cv2
@@ -162,6 +163,9 @@ class StepBatches(Sampler):
 
 
 def _init_worker(_):
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer saves first, and still needs its batch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
