@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tools.visualize import plot_curves
 
-MAX_POINTS = 400
+MAX_POINTS = 120
 
 
 def plot_losses(folder) -> Path:
