@@ -58,7 +58,7 @@ def test_overrides_are_read_as_json_where_they_are():
 
 
 def test_missing_file():
-    with pytest.raises(InputError, match="nowhere.json"):
+    with pytest.raises(InputError, match=r"nowhere\.json"):
         load_train_config("nowhere.json", [])
 
 

@@ -41,8 +41,9 @@ def test_relative_pose_and_essential_matrix():
     x0 = to_camera_coordinates(project(POINTS, K0, POSE0)[0], K0)
     x1 = to_camera_coordinates(project(POINTS, K1, POSE1)[0], K1)
     E = essential_matrix(T_0to1)
-    np.testing.assert_allclose(np.einsum("ni,ij,nj->n", np.c_[x1, np.ones(50)], E, np.c_[x0, np.ones(50)]), 0, atol=1e-9)
-    assert np.abs(np.einsum("ni,ij,nj->n", np.c_[x0, np.ones(50)], E, np.c_[x1, np.ones(50)])).max() > 0.01
+    x0, x1 = np.c_[x0, np.ones(50)], np.c_[x1, np.ones(50)]
+    np.testing.assert_allclose(np.einsum("ni,ij,nj->n", x1, E, x0), 0, atol=1e-9)
+    assert np.abs(np.einsum("ni,ij,nj->n", x0, E, x1)).max() > 0.01
 
 
 def test_conventions_of_the_principal_point():
