@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-# Of eigenvalues of the normalised matrix, whose diagonal sums to about 9. Coordinates a pixel off in an image of some
-# hundred pixels move its eigenvalues by as much: solutions that differ by less are told apart by noise.
+# Of eigenvalues of the normalised matrix, whose diagonal sums to about 9. In scenes with depth the gap is 1e-5 to 1e-1;
+# noise of a pixel at a focal length of 800 alone makes one of 4e-6 where points lie on a plane.
 MIN_GAP = 1e-6
 _MIN_VARIANCE = 1e-8  # of points in units of the focal length: a tenth of a pixel, squared
 

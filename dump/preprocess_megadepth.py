@@ -1,0 +1,308 @@
+"""Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads (SPEC 2).
+
+    python3 -m dump.preprocess_megadepth --base_path MEGADEPTH [--scene 0000 0001] [--workers 8]
+
+MEGADEPTH holds the two public archives, unpacked:
+
+    phoenix/S6/zl548/MegaDepth_v1/<scene>/dense0/{imgs,depths}
+    MegaDepth_v1_SfM/<scene>/{images, sparse/manhattan/0}        here, or under phoenix/S6/zl548/
+
+and gets, scene by scene, what exists being kept:
+
+    Undistorted_SfM/<scene>/{images,sparse,stereo}
+    scene_info/<scene>.0.npz
+
+It may be stopped at any moment, and goes on with the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
+its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Memory: the COLMAP model of one scene.
+"""
+import argparse
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import csc_matrix
+from tqdm import tqdm
+
+from dump.workers import available_cores, stop_on_sigterm
+from tools.cli import InputError, report_skipped, run
+from tools.covisibility import axis_angles
+from tools.files import read_image
+from tools.geometry import make_pose, project
+from tools.scene_info import write_scene_info
+
+ARCHIVE_ROOT = "phoenix/S6/zl548"
+MIN_DEPTH_BYTES = 100 * 1024  # a smaller file is a mask of foreground and background, no depth map
+PYCOLMAP_ERRORS = (ValueError, RuntimeError, IndexError, MemoryError, OSError)  # of damaged or unreadable files
+
+
+def import_pycolmap():
+    """The module pycolmap, silent but for its errors; InputError that says how to install it when it is missing."""
+    # Only here: it is an optional extra, and it must come after cv2 (which tools.files imports), because in the other
+    # order the process crashes when a PNG is written.
+    try:
+        import pycolmap
+    except ImportError:
+        raise InputError("pycolmap is not installed: pip install '.[colmap]'") from None
+    pycolmap.logging.minloglevel = pycolmap.logging.ERROR
+    return pycolmap
+
+
+def has_model(folder) -> bool:
+    """Whether a folder holds a COLMAP model, in text or binary."""
+    return any(all(Path(folder, f"{name}.{suffix}").is_file() for name in ("cameras", "images", "points3D"))
+               for suffix in ("bin", "txt"))
+
+
+def sfm_path(base_path, scene: str) -> Path:
+    """The scene's folder of MegaDepth_v1_SfM, which may lie beside MegaDepth_v1 or at the root."""
+    paths = [Path(base_path, parent, "MegaDepth_v1_SfM", scene) for parent in ("", ARCHIVE_ROOT)]
+    return next((path for path in paths if path.is_dir()), paths[0])
+
+
+def list_raw_scenes(base_path) -> list[str]:
+    """Scenes that have a folder of SfM, distorted or undistorted, sorted; InputError if there is none."""
+    parents = ["MegaDepth_v1_SfM", f"{ARCHIVE_ROOT}/MegaDepth_v1_SfM", "Undistorted_SfM"]
+    scenes = {path.name for parent in parents for path in Path(base_path, parent).glob("[!.]*") if path.is_dir()}
+    if not scenes:
+        raise InputError(f"no scene in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
+    return sorted(scenes)
+
+
+def largest_side(folder) -> int:
+    """Largest width or height among the images of a folder, from their headers; InputError if there is no image."""
+    sides = []
+    for path in sorted(Path(folder).glob("[!.]*")):
+        try:
+            with Image.open(path) as image:
+                sides.append(max(image.size))
+        except OSError:  # one damaged image does not change the size of the others
+            continue
+    if not sides:
+        raise InputError(f"no readable image in {folder}")
+    return max(sides)
+
+
+def read_model(folder):
+    """The pycolmap.Reconstruction in a folder, text or binary; InputError if it is damaged or has no image."""
+    try:
+        model = import_pycolmap().Reconstruction(str(folder))
+    except PYCOLMAP_ERRORS as error:
+        raise InputError(f"no readable COLMAP model in {folder}: {error}") from None
+    if not any(image.has_pose for image in model.images.values()):
+        raise InputError(f"the COLMAP model in {folder} has no image with a pose")
+    return model
+
+
+def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
+    """Undistort the images and the model of `sfm`, a scene's folder of MegaDepth_v1_SfM, into the folder `target`.
+
+    max_image_size: pixels, the larger side; workers: threads. `target` appears when it is whole. Images that are
+    missing or damaged in `sfm` are left out. InputError if the model cannot be read, or `target` cannot be written.
+    """
+    pycolmap = import_pycolmap()
+    sfm, target = Path(sfm), Path(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    options, token = pycolmap.UndistortCameraOptions(), pycolmap.CancellationToken()
+    options.max_image_size = max_image_size
+    try:
+        # in a thread, so that Ctrl-C need not wait until the scene is done
+        with (ThreadPoolExecutor(1) as thread,
+              tqdm(desc=f"{target.name} undistorted", unit="image", leave=False, disable=None) as progress):
+            try:
+                work = thread.submit(pycolmap.undistort_images, str(temporary), str(sfm / "sparse" / "manhattan" / "0"),
+                                     str(sfm / "images"), undistort_options=options, num_threads=workers,
+                                     cancellation_token=token)
+                while not wait([work], timeout=0.5).done:
+                    progress.update(sum(1 for _ in temporary.glob("images/**/*.*")) - progress.n)
+            except BaseException:
+                token.cancel()
+                raise
+        try:
+            work.result()
+        except PYCOLMAP_ERRORS as error:
+            raise InputError(f"cannot undistort {sfm}: {error}") from None
+        for image in read_model(temporary / "sparse").images.values():
+            # pycolmap only logs what it could not write
+            if not (temporary / "images" / image.name).is_file() and is_readable(sfm / "images" / image.name):
+                raise InputError(f"cannot write the undistorted {image.name} to {target.parent}: is the disk full?")
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_readable(path) -> bool:
+    """Whether a file is an image that can be decoded."""
+    try:
+        return read_image(path) is not None
+    except InputError:
+        return False
+
+
+def observations(image, point_ids: np.ndarray, points: np.ndarray):
+    """What an undistorted image of a model sees.
+
+    point_ids: (P,) sorted ids of the model's points; points: (P, 3), in the world. Returns its K (3, 3), COLMAP's
+    pixel convention, its pose (4, 4) world-to-camera, and of each 3D point that lies before it the index into
+    `points` (M,), the pixel (M, 2) in K's convention, and the depth (M,).
+    """
+    K = image.camera.calibration_matrix()
+    cam_from_world = image.cam_from_world().matrix()
+    pose = make_pose(cam_from_world[:, :3], cam_from_world[:, 3])
+    observed = image.get_observation_points2D()
+    ids = np.array([point.point3D_id for point in observed], dtype=np.int64)
+    pixels = np.array([point.xy for point in observed], dtype=np.float64).reshape(-1, 2)
+    ids, first = np.unique(ids, return_index=True)  # a track may visit an image twice
+    indices, pixels = np.searchsorted(point_ids, ids), pixels[first]
+    _, depth = project(points[indices], K, pose)
+    before = depth > 0
+    return K, pose, indices[before], pixels[before], depth[before]
+
+
+def pair_matrices(point_indices: list, ndepths: list, n_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Overlap and scale ratio (SPEC 2) of n images, two (n, n) arrays.
+
+    point_indices: per image (M_i,) different indices in [0, n_points); ndepths: per image (M_i,) depth / mean focal
+    length, > 0. The overlap is -1 in row and column of an image without points, the scale ratio where no point is
+    shared. The work grows with the sum of the squared track lengths, not with n times the number of observations.
+    """
+    n = len(point_indices)
+    counts = np.array([len(indices) for indices in point_indices])
+    owner, indices = np.repeat(np.arange(n), counts), np.concatenate([*point_indices, np.zeros(0, np.int64)])
+    seen = csc_matrix((np.concatenate([*ndepths, np.zeros(0)]), (owner, indices)), shape=(n, n_points))
+    overlap, scale_ratio = np.full((n, n), -1.0), np.full((n, n), -1.0)
+    for i in np.flatnonzero(counts):
+        tracks = seen[:, point_indices[i]]
+        ratio = np.repeat(ndepths[i], np.diff(tracks.indptr)) / tracks.data
+        smallest = np.full(n, np.inf)
+        np.minimum.at(smallest, tracks.indices, np.maximum(ratio, 1 / ratio))
+        scale_ratio[i] = np.where(np.isfinite(smallest), smallest, -1)
+        shared = np.bincount(tracks.indices, minlength=n)
+        overlap[i] = np.where(counts > 0, shared / counts[i], -1)
+    return overlap, scale_ratio
+
+
+def scene_info_from_model(model, base_path, scene: str) -> dict:
+    """The dict that tools.scene_info.write_scene_info takes, for the images of an undistorted model, sorted by name.
+
+    model: pycolmap.Reconstruction. An image without an undistorted file, or without a depth map of at least
+    MIN_DEPTH_BYTES, has None in every list and -1 in its rows and columns. InputError if a camera is distorted, or
+    if no image has depth.
+    """
+    images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
+    if not all(image.camera.is_undistorted() for image in images):
+        raise InputError(f"the cameras of Undistorted_SfM/{scene}/sparse are distorted: delete that folder if "
+                         "MegaDepth_v1_SfM is there")
+    points3D = model.points3D
+    point_ids = np.array(sorted(points3D), dtype=np.int64)
+    points = np.array([points3D[point_id].xyz for point_id in point_ids]).reshape(-1, 3)
+
+    n = len(images)
+    info = {name: [None] * n for name in ("image_paths", "depth_paths", "intrinsics", "poses", "n_points3D",
+                                          "points3D_id_to_2D", "points3D_id_to_ndepth")}
+    known, seen, ndepths = [], [], []
+    for i, image in enumerate(tqdm(images, f"{scene} observations", unit="image", leave=False, disable=None)):
+        image_path = f"Undistorted_SfM/{scene}/images/{image.name}"
+        depth_path = f"{ARCHIVE_ROOT}/MegaDepth_v1/{scene}/dense0/depths/{PurePosixPath(image.name).stem}.h5"
+        depth_file = Path(base_path, depth_path)
+        if (not Path(base_path, image_path).is_file() or not depth_file.is_file()
+                or depth_file.stat().st_size < MIN_DEPTH_BYTES):
+            continue
+        K, pose, indices, pixels, depth = observations(image, point_ids, points)
+        ndepth = depth / ((K[0, 0] + K[1, 1]) / 2)
+        ids = point_ids[indices].tolist()
+        info["image_paths"][i], info["depth_paths"][i] = image_path, depth_path
+        info["intrinsics"][i], info["poses"][i], info["n_points3D"][i] = K, pose, len(ids)
+        info["points3D_id_to_2D"][i] = dict(zip(ids, pixels.tolist()))
+        info["points3D_id_to_ndepth"][i] = dict(zip(ids, ndepth.tolist()))
+        known.append(i)
+        seen.append(indices)
+        ndepths.append(ndepth)
+    if not known:
+        raise InputError(f"no image of scene {scene} has both a file in Undistorted_SfM/{scene}/images and a depth map "
+                         f"in {ARCHIVE_ROOT}/MegaDepth_v1/{scene}/dense0/depths")
+    overlap, scale_ratio = pair_matrices(seen, ndepths, len(point_ids))
+    angles = axis_angles([info["poses"][i] for i in known])
+    for name, matrix in (("overlap_matrix", overlap), ("scale_ratio_matrix", scale_ratio), ("angles", angles)):
+        info[name] = np.full((n, n), -1.0)
+        info[name][np.ix_(known, known)] = matrix
+    return info
+
+
+def preprocess_scene(base_path, scene: str, workers: int = 1) -> str:
+    """Undistort a scene unless that is done, and write its scene_info; returns a line that says what was done.
+
+    Raises InputError if a file or folder that the scene needs is missing or damaged.
+    """
+    target = Path(base_path, "Undistorted_SfM", scene)
+    report = scene
+    if not has_model(target / "sparse"):
+        sfm = sfm_path(base_path, scene)
+        if not has_model(sfm / "sparse" / "manhattan" / "0"):
+            raise InputError(f"no COLMAP model in {sfm}/sparse/manhattan/0")
+        if target.is_dir() and any(target.iterdir()):
+            raise InputError(f"{target} has no COLMAP model in sparse: delete that folder")
+        side = largest_side(Path(base_path, ARCHIVE_ROOT, "MegaDepth_v1", scene, "dense0", "imgs"))
+        started = time.perf_counter()
+        undistort(sfm, target, side, workers)
+        report += f": undistorted in {time.perf_counter() - started:.1f} s"
+    started = time.perf_counter()
+    info = scene_info_from_model(read_model(target / "sparse"), base_path, scene)
+    write_scene_info(Path(base_path, "scene_info", f"{scene}.0.npz"), info)
+    with_depth = sum(path is not None for path in info["image_paths"])
+    return (f"{report}: scene_info of {len(info['image_paths'])} images, {with_depth} with depth, "
+            f"in {time.perf_counter() - started:.1f} s")
+
+
+def preprocess_megadepth(base_path, scenes=None, workers: int = 1) -> tuple[list, list]:
+    """Preprocess the scenes (ids; all if None) under `base_path`, with `workers` threads; complete ones are left alone.
+
+    Returns (complete scenes, [(scene, reason)] of those that cannot be used). Raises InputError for bad input of the
+    whole run.
+    """
+    if not Path(base_path).is_dir():
+        raise InputError(f"--base_path {base_path} is not a folder")
+    found = list_raw_scenes(base_path)
+    unknown = [scene for scene in scenes or () if scene not in found]
+    if unknown:
+        raise InputError(f"no scene {', '.join(unknown[:5])} in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
+    import_pycolmap()
+    complete, skipped = [], []
+    for scene in tqdm(found if scenes is None else scenes, "scenes", unit="scene", disable=None):
+        if not Path(base_path, "scene_info", f"{scene}.0.npz").is_file():
+            try:
+                tqdm.write(preprocess_scene(base_path, scene, workers))
+            except InputError as error:
+                skipped.append((scene, str(error)))
+                continue
+        complete.append(scene)
+    return complete, skipped
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m dump.preprocess_megadepth", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_path", required=True, help="MegaDepth's root, read and written")
+    parser.add_argument("--scene", nargs="+", metavar="ID", help="just these scenes (default: all)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="threads (default: one per core)")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    import_pycolmap()
+    stop_on_sigterm()  # after the import, which takes the signal for itself
+    try:
+        complete, skipped = preprocess_megadepth(args.base_path, args.scene, args.workers)
+    except OSError as error:
+        raise InputError(f"cannot write to {args.base_path}: {error.strerror or error}; what is done is kept") from None
+    print(f"{len(complete)} scenes complete")
+    status = report_skipped(skipped, "scenes")
+    return status if complete else 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
