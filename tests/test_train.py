@@ -223,7 +223,9 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(setup, tmp_path, 
     step = load_checkpoint(tmp_path / "run" / "latest.pth")["step"]
     assert step >= 4
     # what it saved is what a run of as many steps that nobody stopped has
-    train_with(setup, "--its_per_epoch", step, "--save_path", tmp_path / "whole")
+    whole = start(setup, "--its_per_epoch", step, "--save_path", tmp_path / "whole")
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
     assert_same(parameters(tmp_path / "whole" / "latest.pth"), parameters(tmp_path / "run" / "latest.pth"))
 
 

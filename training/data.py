@@ -3,7 +3,6 @@
 Every sample is a function of (seed, number of the sample in the run), so a run gives the same samples for any number
 of workers and processes, and goes on after a stop from the number alone.
 """
-import functools
 import signal
 from collections.abc import Iterator
 
@@ -94,7 +93,12 @@ class DumpPairs:
         self.pairs_per_scene = pairs_per_scene
         self.seed = seed
         self.draw_size = sum(min(n, pairs_per_scene) for n in scenes.values())
-        self._draw = functools.lru_cache(maxsize=2)(self._make_draw)
+        self._drawn = (None, [])  # the last draw and its number
+
+    def _draw(self, number: int) -> list[tuple[str, int]]:
+        if self._drawn[0] != number:
+            self._drawn = (number, self._make_draw(number))
+        return self._drawn[1]
 
     def _make_draw(self, number: int) -> list[tuple[str, int]]:
         rng = np.random.default_rng([self.seed, number])
@@ -172,5 +176,6 @@ def _init_worker(_):
 
 def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
     """Batches (dicts of tensors) in order of their steps, made by `workers` processes (0 = in this one)."""
+    # not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_init_worker,
-                      pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+                      multiprocessing_context="forkserver" if workers else None, pin_memory=pin_memory, prefetch_factor=4 if workers else None)
