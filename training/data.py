@@ -178,4 +178,5 @@ def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory
     """Batches (dicts of tensors) in order of their steps, made by `workers` processes (0 = in this one)."""
     # not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_init_worker,
-                      multiprocessing_context="forkserver" if workers else None, pin_memory=pin_memory, prefetch_factor=4 if workers else None)
+                      multiprocessing_context="forkserver" if workers else None, pin_memory=pin_memory,
+                      prefetch_factor=4 if workers else None)
