@@ -114,3 +114,4 @@ def stop_on_sigterm() -> None:
     def stop(number, frame):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)  # a shell starts what it runs in the background with SIGINT ignored

@@ -60,7 +60,7 @@ def claim(path, manifest: dict) -> None:
     if not file.exists():
         if Path(path).exists() and not Path(path).is_dir():
             raise InputError(f"{path} is a file, not a folder to write to")
-        if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")):
+        if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")) and not file.exists():
             raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
         write_json(file, manifest)
     check_settings(_read_object(file), manifest, path)
