@@ -1,176 +1,77 @@
 """Match the pairs of a set, estimate their poses and report how good both are (SPEC 12-14).
 
     python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset yfcc --feature_type sift
+    python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp
     python3 -m eval.eval_imp --matching_method NN_ratio --pairs pairs.txt --image_dir images --feature_type sift
 
-The first method is the baseline: where depth is known, precision against the true correspondences is given at its
-recall. Results go to --save_path: results.json, pairs.csv, pose_recall.png and pairs_*.png.
+With --use_iterative each network has a second row, `IMP iterative`: matching and pose estimation in turns, beside the
+same network in one shot. The first method is the baseline: where depth is known, precision against the true
+correspondences is given at its recall. Results go to --save_path: results.json, pairs.csv, pose_recall.png and
+pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interrupted run goes on when started again.
 """
 import argparse
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from eval.matchers import MATCHERS, NETWORKS, MatcherSettings
-from eval.metrics import epipolar_error, pose_auc, pose_error
-from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, upright_images
-from eval.pose import ESTIMATORS, estimate_pose
+from eval.journal import Journal
+from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
+from eval.methods import Method, Outcome, match_one_shot, to_data
+from eval.pair_sets import (
+    Hdf5PairSet,
+    ListPairSet,
+    read_megadepth1500,
+    read_scannet_camera,
+    read_scannet_pairs,
+    upright_images,
+)
+from eval.pose import ESTIMATORS
 from eval.report import (
-    PairResult,
+    best_settings,
+    format_iterations,
+    format_sweep,
     format_table,
+    plot_iterations_used,
     plot_pose_recall,
-    pose_errors,
+    plot_time_auc,
     summarize,
+    sweep_thresholds,
+    write_iterations_csv,
     write_pairs_csv,
     write_results,
 )
+from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
+from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
 from tools.cli import InputError, report_skipped, run
 from tools.config import read_yaml
-from tools.correspondences import match_by_projection
 from tools.features import DESCRIPTOR_DIM, build_extractor
 from tools.files import write_image
-from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
 from tools.pair_list import read_pair_list
 from tools.visualize import draw_matches
 
-PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
-DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "scannet": 3.0, None: 3.0}  # pixels
+__all__ = ["Outcome", "evaluate", "main", "match_one_shot", "to_data"]
+
+DATASETS = ("yfcc", "scannet", "megadepth1500")
+DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, None: 3.0}  # pixels
+SWEEP = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # pixels
+JOURNALS = ("journal.jsonl", "journal_iterative.jsonl")  # the second one for the loops after a sweep
+# what an unfinished run may be gone on with: it changes which pairs are done, how fast, and what is drawn of them
+FREE_TO_CHANGE = ("limit", "workers", "pictures", "save_path")
+MEGADEPTH1500_SCENES = ("0015", "0022")
 
 
-@dataclass
-class Outcome:
-    """What a method made of a pair.
-
-    all_matches (M, 2) and all_scores (M,): whatever it matched; used (M,) bool: those it stands by; pose: R, t and
-    inliers (U,) among the used, or None; seconds: of matching and of pose.
-    """
-
-    all_matches: np.ndarray
-    all_scores: np.ndarray
-    used: np.ndarray
-    pose: tuple | None
-    seconds: dict
-
-
-def to_data(pair: EvalPair, device="cpu") -> dict[str, torch.Tensor]:
-    """A pair as a batch of one, for a matcher: descriptors, scores, keypoints and image_size of both views."""
-    data = {}
-    for view, features in (("0", pair.features0), ("1", pair.features1)):
-        for name in ("descriptors", "scores", "keypoints", "image_size"):
-            values = np.asarray(getattr(features, name), np.float32)
-            data[name + view] = torch.from_numpy(values)[None].to(device)
-    return data
-
-
-def match_one_shot(matcher, data: dict, estimate) -> Outcome:
-    """Match once, keep what scores above the matcher's threshold, and estimate one pose.
-
-    estimate: matches (M, 2) -> R, t, inliers or None.
-    """
-    start = time.perf_counter()
-    if data["keypoints0"].shape[1] and data["keypoints1"].shape[1]:
-        out = matcher(data)
-        matches0, scores0 = out["matches0"].cpu().numpy(), out["matching_scores0"].cpu().numpy()
-    else:  # a view without keypoints
-        matches0, scores0 = np.full(data["keypoints0"].shape[1], -1), np.zeros(data["keypoints0"].shape[1], np.float32)
-    matched = np.flatnonzero(matches0 >= 0)
-    all_matches, all_scores = np.stack([matched, matches0[matched]], axis=1), scores0[matched]
-    used = all_scores > getattr(matcher, "threshold", 0.0)
-    after_matching = time.perf_counter()
-    pose = estimate(all_matches[used])
-    seconds = {"matching": after_matching - start, "pose": time.perf_counter() - after_matching}
-    return Outcome(all_matches, all_scores, used, pose, seconds)
-
-
-def true_correspondences(pair: EvalPair) -> np.ndarray | None:
-    """Index in view 1 of the keypoint that sees the same point, or -1, for each of view 0 (N0,); None without depth."""
-    if pair.depth0 is None or pair.depth1 is None or pair.T_0to1 is None or pair.K0 is None:
-        return None
-    found = match_by_projection(
-        pair.features0.keypoints, pair.depth0, opencv_to_colmap_K(pair.K0), np.eye(4),
-        pair.features1.keypoints, pair.depth1, opencv_to_colmap_K(pair.K1), pair.T_0to1)
-    true0 = np.full(len(pair.depth0), -1)
-    true0[found[:, 0]] = found[:, 1]
-    return true0
-
-
-def score_pair(pair: EvalPair, outcome: Outcome, true0: np.ndarray | None, seconds_features: float) -> PairResult:
-    """What is reported of a method on a pair; true0 as from `true_correspondences`."""
-    matches = outcome.all_matches[outcome.used]
-    inliers = np.zeros(len(matches), bool) if outcome.pose is None else outcome.pose[2]
-    result = PairResult(pair.index, pair.names, len(pair.features0.scores), len(pair.features1.scores), matches,
-                        outcome.all_scores[outcome.used], inliers, {"features": seconds_features, **outcome.seconds})
-    if pair.T_0to1 is not None and pair.K0 is not None:
-        result.error_t = result.error_R = np.inf
-        if outcome.pose is not None:
-            result.error_t, result.error_R = pose_error(pair.T_0to1, *outcome.pose[:2])
-        x0 = to_camera_coordinates(pair.features0.keypoints[matches[:, 0]], pair.K0)
-        x1 = to_camera_coordinates(pair.features1.keypoints[matches[:, 1]], pair.K1)
-        result.epipolar_errors = epipolar_error(x0, x1, essential_matrix(pair.T_0to1))
-        n_right = int(np.sum(result.epipolar_errors < PRECISION_THRESHOLD))
-        result.precision = n_right / max(len(matches), 1)
-        result.matching_score = n_right / max(result.n_keypoints0, 1)
-    if true0 is not None:
-        index0, index1 = outcome.all_matches.T
-        judged = (pair.depth0[index0] > 0) & (pair.depth1[index1] > 0)
-        correct = true0[index0] == index1
-        result.scores, result.correct = outcome.all_scores[judged], correct[judged]
-        result.n_true = int(np.sum(true0 >= 0))
-        result.n_used = int(np.sum(judged & outcome.used))
-        result.n_correct = int(np.sum(correct & judged & outcome.used))
-    return result
-
-
-def evaluate(pair_set, matchers: dict, threshold: float, estimator: str = "magsac", seed: int = 0, device="cpu",
-             limit: int | None = None) -> tuple[dict[str, list[PairResult]], list[tuple[str, str]]]:
-    """Run matchers {name: matcher} on the pairs of a set (eval.pair_sets).
-
-    threshold: of the pose estimator, in pixels; limit: that many pairs, spread evenly over the set.
-    Returns the results per method, and (name, reason) of the pairs that could not be read.
-    """
-    results, skipped = {name: [] for name in matchers}, []
-    positions = np.arange(len(pair_set))
-    if limit is not None and limit < len(positions):
-        positions = np.unique(np.linspace(0, len(positions) - 1, limit).round().astype(int))
-    progress = tqdm(positions, "pairs", disable=None)
-    for position in progress:
-        start = time.perf_counter()
-        try:
-            pair = pair_set[position]
-        except InputError as error:
-            skipped.append((pair_set.name(position), str(error)))
-            continue
-        seconds_features = time.perf_counter() - start
-        data, true0 = to_data(pair, device), true_correspondences(pair)
-
-        def estimate(matches, pair=pair):
-            if pair.K0 is None:
-                return None
-            return estimate_pose(pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]],
-                                 pair.K0, pair.K1, threshold, estimator, seed)
-
-        for name, matcher in matchers.items():
-            outcome = match_one_shot(matcher, data, estimate)
-            results[name].append(score_pair(pair, outcome, true0, seconds_features))
-        errors = pose_errors(results[name])
-        if errors:
-            progress.set_postfix_str(f"{name} AUC@10 {100 * pose_auc(errors, [10])[0]:.1f}")
-    return results, skipped
-
-
-def write_pictures(folder, pair_set, results: dict[str, list[PairResult]], count: int) -> list[tuple[str, str]]:
+def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[str, list[PairResult]],
+                   setting: PoseSetting, count: int, seed: int = 0, device="cpu") -> list[tuple[str, str]]:
     """Draw pairs from the easiest to the hardest for the last method, all methods below each other, as pairs_*.png.
 
-    Pairs without a known pose are ordered by their number of matches. Returns (name, reason) of pictures not drawn.
+    results: those of `evaluate` with `setting`. Pairs without a known pose are ordered by their number of matches.
+    Returns (name, reason) of pictures not drawn.
     """
-    rows = list(results.values())[-1]
-    ranking = sorted(range(len(rows)), key=lambda i: (rows[i].error is None, rows[i].error or 0, -len(rows[i].matches)))
+    *_, rows = results.values()
+    ranking = sorted(range(len(rows)), key=lambda i: (rows[i].error is None, rows[i].error or 0, -rows[i].n_matches))
     chosen = [ranking[place] for place in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
     names = ["easy", *(f"middle{number}" for number in range(1, len(chosen) - 1)), "hard"]
     for pattern in ("pairs_easy.png", "pairs_middle*.png", "pairs_hard.png"):  # of an earlier run, they would mislead
@@ -185,15 +86,16 @@ def write_pictures(folder, pair_set, results: dict[str, list[PairResult]], count
             failed.append((f"pairs_{name}.png", str(error)))
             continue
         strips = []
-        for method, of_method in results.items():
-            row = of_method[i]
+        for method, outcome in run_pair(pair, methods, [setting], seed, device)[setting].items():
+            row = results[method][i]
             title = [f"{method}   {row.names[0]}   {row.names[1]}"]
             if row.error is not None:
                 title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
-                             f"{int(np.sum(row.inliers))} inliers" if np.isfinite(row.error) else "no pose found")
+                             f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
+            matches = outcome.all_matches[outcome.used]
             strips.append(draw_matches(
-                *images, pair.features0.keypoints[row.matches[:, 0]], pair.features1.keypoints[row.matches[:, 1]],
-                title, row.epipolar_errors, row.matching_scores, PRECISION_THRESHOLD))
+                *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
+                epipolar_errors(pair, matches), outcome.all_scores[outcome.used], PRECISION_THRESHOLD))
         write_image(Path(folder) / f"pairs_{name}.png", cv2.vconcat(strips))
     return failed
 
@@ -201,13 +103,10 @@ def write_pictures(folder, pair_set, results: dict[str, list[PairResult]], count
 def build_pair_set(args):
     """The set that the command line names; InputError says what is missing."""
     if args.pairs:
-        if not args.image_dir:
-            raise InputError("--pairs needs --image_dir, the folder that the names in the list are relative to")
-        settings = {"max_keypoints": args.max_keypoints}
-        if args.feature_type == "sift":
-            settings |= {"contrast_threshold": args.contrast_threshold, "unique_locations": args.unique_locations}
-        return ListPairSet(read_pair_list(args.pairs), args.image_dir, build_extractor(args.feature_type, **settings),
-                           args.resize, args.depth_dir)
+        return _build_list_set(args)
+    if args.dataset == "megadepth1500":
+        raise InputError("--dataset megadepth1500 needs --pairs, the folder of 0015_0.1_0.3.npz and the like, and "
+                         "--image_dir, MegaDepth's root")
     config_path = args.config or f"configs/{args.dataset}_eval_{args.feature_type}.yaml"
     path, image_dir = args.hdf5, args.image_dir
     if not (path and image_dir):
@@ -227,36 +126,112 @@ def build_pair_set(args):
     return pair_set
 
 
-def build_matchers(args) -> dict:
-    """The matchers that the command line names, in its order."""
-    if args.weights and sum(method in NETWORKS for method in args.matching_method) > 1:
-        raise InputError("--weights goes with one network: evaluate the others by a command of their own")
-    settings = MatcherSettings(args.feature_type, args.dataset, args.weights, args.use_dual_softmax, args.ratio,
-                               args.match_threshold, args.n_layers, args.device)
-    return {method: MATCHERS[method](settings) for method in args.matching_method}
+def _build_list_set(args) -> ListPairSet:
+    if not args.image_dir:
+        raise InputError("--pairs needs --image_dir, the folder that the names of its images are relative to")
+    camera = None
+    if args.dataset == "megadepth1500":
+        pairs = read_megadepth1500(args.pairs)
+    elif args.dataset == "scannet":
+        pairs, camera = read_scannet_pairs(args.pairs), lambda name: read_scannet_camera(args.image_dir, name)
+    else:
+        pairs = read_pair_list(args.pairs)
+    settings = {"max_keypoints": args.max_keypoints}
+    if args.feature_type == "sift":
+        settings |= {"contrast_threshold": args.contrast_threshold, "unique_locations": args.unique_locations}
+    return ListPairSet(pairs, args.image_dir, build_extractor(args.feature_type, **settings), args.resize,
+                       args.depth_dir, camera)
+
+
+def build_methods(args) -> dict[str, Method]:
+    """What the command line names, in its order: {row of the table: Method}."""
+    networks = [name for name in args.matching_method if name in NETWORKS]
+    weights = args.weights or [None]
+    if args.weights and (not networks or len(weights) not in (1, len(networks))):
+        raise InputError(f"--weights names {len(weights)} files for the networks {', '.join(networks) or '(none)'}: "
+                         "give one for each, in their order, or one for all")
+    weights = dict(zip(networks, weights if len(weights) > 1 else weights * len(networks)))
+    methods = {}
+    for name in args.matching_method:
+        matcher = MATCHERS[name](MatcherSettings(
+            args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
+            args.match_threshold, args.n_layers, args.device))
+        if args.plot_time_auc and name in networks:
+            for n_iterations in range(3, matcher.n_iterations, 2):
+                methods[f"{name} {n_iterations} iterations"] = Method(matcher.with_iterations(n_iterations))
+        methods[name] = Method(matcher)
+        if args.use_iterative and name in networks:
+            uncertain = args.use_uncertainty and matcher.network.pools
+            methods[f"{name} iterative{', uncertainty' if uncertain else ''}"] = Method(matcher, True, uncertain)
+    return methods
+
+
+def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, list[str]]:
+    """Say on stderr which weights were trained on scenes that the set tests, and which do not say what they know.
+
+    A scene is tested if a folder in the name of an image has its name. Returns {weight file: scenes}.
+    """
+    folders = {part for name in pair_set.image_names() for part in PurePosixPath(name).parts[:-1]}
+    networks = {str(method.matcher.path): method.matcher for method in methods.values()
+                if isinstance(method.matcher, Network)}
+    found = {}
+    for path, network in networks.items():
+        tested = sorted(folders & set(network.scenes or ()))
+        if tested:
+            found[path] = tested
+            print(f"warning: {path} was trained on {', '.join(tested[:5])}{', ...' if len(tested) > 5 else ''}, which "
+                  "this set tests: its numbers do not tell how it does on other scenes", file=sys.stderr)
+        elif network.scenes is None and folders >= set(MEGADEPTH1500_SCENES):
+            print(f"note: {path} does not say which scenes it was trained on; the usual list has "
+                  f"{' and '.join(MEGADEPTH1500_SCENES)}, which this set tests", file=sys.stderr)
+    return found
+
+
+def _file_stamp(path) -> list:
+    """Path, size and time of change of a file, or of the files in a folder."""
+    paths = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def journal_settings(args, pair_set, methods: dict[str, Method]) -> dict:
+    """What results depend on: options, and the files that are read."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    paths = {method.matcher.path for method in methods.values() if isinstance(method.matcher, Network)}
+    files = [*map(str, sorted(paths)), args.pairs or str(pair_set.path)]
+    return {**settings, "files": [stamp for path in files for stamp in _file_stamp(path)],
+            "torch": torch.__version__, "opencv": cv2.__version__}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.eval_imp", description=__doc__.split("\n\n")[0])
     parser.add_argument("--matching_method", nargs="+", required=True, choices=list(MATCHERS), metavar="METHOD",
                         help=f"one or more of {', '.join(MATCHERS)}; the first is the baseline")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", choices=("yfcc", "scannet"), help="features and pairs from dump.dump's HDF5 file")
-    source.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images")
+    parser.add_argument("--dataset", choices=DATASETS,
+                        help="yfcc, scannet: features and pairs from dump.dump's HDF5 file, unless --pairs is given")
+    parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
+                        "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
+                        "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
     parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), required=True, help="local features")
+    parser.add_argument("--use_iterative", action="store_true",
+                        help="also run each network in turns with the pose, until that stays the same")
+    parser.add_argument("--use_uncertainty", action="store_true",
+                        help="in these turns, let EIMP keep more keypoints where few matches agree with the pose")
     parser.add_argument("--config", help="YAML file of dump.dump (default: configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")
     parser.add_argument("--image_dir", help="images of the pair list, or of --hdf5")
     parser.add_argument("--depth_dir", help="depth maps of the pair list's images: a/b.h5 or a/b.png for a/b.jpg")
-    parser.add_argument("--weights", help="checkpoint (default: the method's file under weights/)")
+    parser.add_argument("--weights", nargs="+", metavar="FILE",
+                        help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
     parser.add_argument("--match_threshold", type=float, default=0.2,
                         help="score of a network's match (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.8, help="of NN_ratio (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, help="of the pose estimator, pixels (default: 1 for yfcc, else 3)")
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="magsac",
-                        help="of the pose (default: %(default)s)")
+    parser.add_argument("--threshold", type=_threshold, metavar="PIXELS",
+                        help="of the pose estimator (default: 1 for yfcc and megadepth1500, else 3); sweep: try "
+                        f"{', '.join(f'{threshold:g}' for threshold in SWEEP)} and report the best")
+    parser.add_argument("--estimator", choices=[*ESTIMATORS, "all"], default="magsac",
+                        help="of the pose; all: a table for each (default: %(default)s)")
     parser.add_argument("--max_keypoints", type=int, default=2000,
                         help="pair list: keypoints of an image (default: %(default)s)")
     parser.add_argument("--contrast_threshold", type=float, default=1e-5,
@@ -269,14 +244,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="of the pose estimator and of the intervals (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that estimate poses while the network runs; "
+                        "0: all in turn, for times that can be compared (default: %(default)s)")
+    parser.add_argument("--plot_time_auc", action="store_true",
+                        help="also run each network with 3, 5, 7, ... iterations, and plot AUC over time")
     parser.add_argument("--pictures", type=int, default=4,
                         help="how many pairs to draw, easy to hard (default: %(default)s)")
     parser.add_argument("--save_path", help="folder of the results (default: runs/eval/{set}_{feature})")
     args = parser.parse_args(argv)
+    if not args.dataset and not args.pairs:
+        parser.error("name a set: --dataset, or --pairs and --image_dir")
     if args.resize and (len(args.resize) > 2 or min(args.resize) < 1):
         parser.error("--resize takes a width and a height, or the longer side, in pixels")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit is a number of pairs, 1 or more")
+    if args.workers < 0:
+        parser.error("--workers is a number of processes, 0 or more")
+    if args.use_uncertainty and not args.use_iterative:
+        parser.error("--use_uncertainty goes with --use_iterative")
     if args.threshold is None:
         args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]
     if args.save_path is None:
@@ -284,22 +269,97 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
+def _threshold(text: str) -> float | str:
+    if text == "sweep":
+        return text
+    try:
+        if 0 < float(text) < np.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels above 0 nor sweep")
+
+
+def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, list, dict | None]:
+    """Evaluate as the command line says: results, pairs skipped, and with a sweep what it found."""
+    estimators = list(ESTIMATORS) if args.estimator == "all" else [args.estimator]
+    thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
+    settings = [PoseSetting(estimator, threshold) for estimator in estimators for threshold in thresholds]
+    made_of = journal_settings(args, pair_set, methods)
+
+    def evaluate_some(journal_name, some, settings):
+        with Journal(Path(args.save_path) / journal_name, made_of) as journal:
+            return evaluate(pair_set, some, settings, args.seed, args.device, args.limit, args.workers, journal)
+
+    if args.threshold != "sweep":
+        return *evaluate_some(JOURNALS[0], methods, settings), None
+    # the loop depends on the threshold from its first pose on: it runs at the one that is best in one shot
+    one_shot = {name: method for name, method in methods.items() if not method.iterative}
+    loops = {name: method for name, method in methods.items() if method.iterative}
+    results, skipped = evaluate_some(JOURNALS[0], one_shot, settings)
+    if not any(pose_errors(rows) for rows in results[settings[0]].values()):
+        raise InputError("--threshold sweep needs pairs with a known pose")
+    sweep = sweep_thresholds(results)
+    best = best_settings(sweep)
+    more = evaluate_some(JOURNALS[1], loops, best)[0] if loops else {setting: {} for setting in best}
+    both = {setting: results[setting] | more[setting] for setting in best}
+    return {setting: {name: both[setting][name] for name in methods} for setting in best}, skipped, sweep
+
+
 def main(argv=None) -> int:
     args = parse_arguments(argv)
-    pair_set, matchers = build_pair_set(args), build_matchers(args)
-    results, skipped = evaluate(pair_set, matchers, args.threshold, args.estimator, args.seed, args.device, args.limit)
-    if not results[args.matching_method[0]]:
+    pair_set, methods = build_pair_set(args), build_methods(args)
+    trained_on = warn_of_training_scenes(pair_set, methods)
+    results, skipped, sweep = run_methods(args, pair_set, methods)
+    if not any(next(iter(results.values())).values()):
         raise InputError(f"none of the pairs could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    summary = summarize(results, args.seed)
-    print(format_table(summary))
+    summaries = {setting: summarize(of_setting, args.seed) for setting, of_setting in results.items()}
+    for setting, summary in summaries.items():
+        best = ", the best threshold on these very pairs and so an optimistic one" if sweep else ""
+        print(f"{setting}{best}", format_table(summary), sep="\n")
+        for method, numbers in summary.items():
+            if numbers.get("by_iteration"):
+                print(f"\n{method}", format_iterations(numbers["by_iteration"]), sep="\n")
+        print()
+    if args.workers:
+        print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
+    more = {}
+    if sweep:
+        print(format_sweep(sweep))
+        more["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
+    if trained_on:
+        more["trained_on_tested_scenes"] = trained_on
+
     folder = Path(args.save_path)
-    write_results(folder / "results.json", vars(args), summary, skipped)
+    write_results(folder / "results.json", vars(args), summaries, skipped, **more)
     write_pairs_csv(folder / "pairs.csv", results)
-    if any(numbers["pairs_with_pose"] for numbers in summary.values()):
+    first, summary = next(iter(summaries.items()))
+    scored = any(numbers["pairs_with_pose"] for numbers in summary.values())
+    if scored:
         plot_pose_recall(folder / "pose_recall.png", results)
-    not_drawn = write_pictures(folder, pair_set, results, args.pictures)
+    if args.use_iterative and any(numbers.get("by_iteration") for numbers in summary.values()):
+        write_iterations_csv(folder / "iterations.csv", results)
+        plot_iterations_used(folder / "iterations_used.png", results)
+    if args.plot_time_auc and scored:
+        plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
+    drawn = {name: method for name, method in methods.items() if not name.endswith(" iterations")}
+    not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.seed, args.device)
+    for name in JOURNALS:  # all is written: there is nothing left to go on with
+        (folder / name).unlink(missing_ok=True)
     print(f"results: {folder}")
     return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))
+
+
+def time_auc_series(methods: dict[str, Method]) -> dict[str, tuple[list[str], str | None]]:
+    """{network: (its one-shot methods, fewest iterations first, the loop or None)}, for `plot_time_auc`."""
+    series = {}
+    for name in methods:
+        if name not in NETWORKS:
+            continue
+        one_shot = [other for other in methods if other.startswith(f"{name} ") and other.endswith(" iterations")]
+        loop = next((other for other in methods if other.startswith(f"{name} iterative")), None)
+        series[name] = ([*one_shot, name], loop)
+    return series
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ It returns all its matches with their scores, which evaluation sweeps; those tha
 
 To add your own, register a function that builds it from the settings, before `main` runs:
 
-    import sys
     from eval import eval_imp, matchers
 
     def build_mine(settings):
@@ -19,14 +18,15 @@ To add your own, register a function that builds it from the settings, before `m
         return match
 
     matchers.MATCHERS["mine"] = build_mine
-    sys.exit(eval_imp.main(["--matching_method", "NN_ratio", "mine", "--dataset", "yfcc", "--feature_type", "sift"]))
+    if __name__ == "__main__":
+        eval_imp.main(["--matching_method", "NN_ratio", "mine", "--dataset", "yfcc", "--feature_type", "sift"])
 """
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from tools.checkpoint import default_weights, load_matcher
+from tools.checkpoint import default_weights, load_checkpoint, load_matcher
 from tools.cli import InputError
 from tools.features import DESCRIPTOR_DIM
 
@@ -79,14 +79,23 @@ class NearestNeighbor:
 
 
 class Network:
-    """GM, IMP or EIMP in one shot: the matches of its last iteration."""
+    """GM, IMP or EIMP in one shot: the matches of its last iteration.
 
-    def __init__(self, network, threshold: float, n_layers: int | None = None):
-        self.network, self.threshold, self.n_layers = network, threshold, n_layers
+    n_iterations: how many it runs (None: all it has). path: its weights; scenes: those it was trained on, if the file
+    says so, else None.
+    """
+
+    def __init__(self, network, threshold: float, n_iterations: int | None = None, path=None, scenes=None):
+        self.network, self.threshold, self.path, self.scenes = network, threshold, path, scenes
+        self.n_iterations = n_iterations or network.n_layers
+
+    def with_iterations(self, n_iterations: int) -> "Network":
+        """The same network, stopped after n_iterations."""
+        return Network(self.network, self.threshold, n_iterations, self.path, self.scenes)
 
     @torch.no_grad()
     def __call__(self, data: dict) -> dict:
-        out = self.network(data, n_layers=self.n_layers)
+        out = self.network(data, n_layers=self.n_iterations)
         return {"matches0": out["matches0"][0], "matching_scores0": out["matching_scores0"][0]}
 
 
@@ -101,7 +110,8 @@ def build_network(settings: MatcherSettings, method: str) -> Network:
                            settings.device, **options)
     if settings.n_layers is not None and not 1 <= settings.n_layers <= network.n_layers:
         raise InputError(f"--n_layers {settings.n_layers}: the network of {path} has {network.n_layers} iterations")
-    return Network(network, settings.match_threshold, settings.n_layers)
+    scenes = load_checkpoint(path).get("scenes")
+    return Network(network, settings.match_threshold, settings.n_layers, path, scenes)
 
 
 NETWORKS = ("IMP", "EIMP", "IMP_geo", "EIMP_geo", "GM")

@@ -1,11 +1,12 @@
 """Sets of image pairs to evaluate on (SPEC 13), read one pair at a time.
 
-A set has a length, `set.name(i)`, and `set[i]`, which returns an EvalPair or raises InputError for a pair that cannot
-be read.
+A set has a length, `set.name(i)`, `set.image_names()`, and `set[i]`, which returns an EvalPair or raises InputError
+for a pair that cannot be read.
 """
 import functools
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import cv2
 import h5py
@@ -15,7 +16,17 @@ from tools.cli import InputError
 from tools.correspondences import depth_at
 from tools.features import Features
 from tools.files import read_depth, read_image
-from tools.geometry import make_pose, relative_pose, resize_keypoints, turn_K, turn_keypoints, turn_pose
+from tools.geometry import (
+    colmap_to_opencv_K,
+    make_pose,
+    relative_pose,
+    resize_keypoints,
+    turn_K,
+    turn_keypoints,
+    turn_pose,
+)
+from tools.pair_list import Pair, read_pair_list
+from tools.safe_pickle import load_npz
 
 # both views of a pair, and room for pairs that share an image; 2000 keypoints of 256 channels take 2 MB
 CACHED_IMAGES = 128
@@ -86,6 +97,10 @@ class Hdf5PairSet:
         """The i-th pair as a message names it."""
         return f"pair {self.indices[i]}"
 
+    def image_names(self) -> set[str]:
+        """Paths of all images, relative to the image folder."""
+        return {_text(dataset[()]) for view in "12" for dataset in self.file[f"img_path{view}"].values()}
+
     def __getitem__(self, i: int) -> EvalPair:
         index = self.indices[i]
         try:
@@ -123,10 +138,12 @@ class ListPairSet:
     Images are read as stored, resized, turned upright, and their keypoints given in pixels of the turned original.
     extractor: image (H, W) uint8 -> Features. resize: (w, h) of the stored image, or (longer side,), or None.
     depth_dir: the depth map of image a/b.jpg is a/b.h5 or a/b.png in it, for the image as stored (optional).
+    camera: image name -> K (3, 3), world-to-camera pose (4, 4), used instead of what the list says (optional).
     """
 
-    def __init__(self, pairs: list, image_dir, extractor, resize: tuple | None = None, depth_dir=None):
-        self.pairs, self.extractor, self.resize = pairs, extractor, resize
+    def __init__(self, pairs: list[Pair], image_dir, extractor, resize: tuple | None = None, depth_dir=None,
+                 camera=None):
+        self.pairs, self.extractor, self.resize, self.camera = pairs, extractor, resize, camera
         self.image_dir = Path(image_dir)
         self.depth_dir = None if depth_dir is None else Path(depth_dir)
         if not self.image_dir.is_dir():
@@ -143,8 +160,15 @@ class ListPairSet:
         """The i-th pair as a message names it."""
         return f"{self.pairs[i].image0} {self.pairs[i].image1}"
 
+    def image_names(self) -> set[str]:
+        """Paths of all images, relative to the image folder."""
+        return {name for pair in self.pairs for name in (pair.image0, pair.image1)}
+
     def __getitem__(self, i: int) -> EvalPair:
         pair = self.pairs[i]
+        if self.camera is not None:
+            (K0, pose0), (K1, pose1) = self.camera(pair.image0), self.camera(pair.image1)
+            pair = replace(pair, K0=K0, K1=K1, T_0to1=relative_pose(pose0, pose1))
         features0, depth0, size0 = self._load(pair.image0, pair.rot0)
         features1, depth1, size1 = self._load(pair.image1, pair.rot1)
         K0 = K1 = T_0to1 = None
@@ -184,6 +208,52 @@ class ListPairSet:
         if depth.shape != size[::-1]:
             raise InputError(f"{path} is {depth.shape[1]}x{depth.shape[0]}, its image {size[0]}x{size[1]}")
         return depth_at(depth, stored)
+
+
+def read_scannet_pairs(path) -> list[Pair]:
+    """Pairs of a list by the names that they have in SGMNet's packaging (SPEC 13); cameras are not read.
+
+    `scans_test/scene0707_00/sens/frame-000015.color.jpg` is `scene0707_00/img/15.jpg` there.
+    """
+    def name_in_folder(name):
+        original = re.fullmatch(r"(?:.*/)?(scene\d+_\d+)/sens/frame-(\d+)\.color\.jpg", name)
+        return f"{original[1]}/img/{int(original[2])}.jpg" if original else name
+
+    return [Pair(name_in_folder(pair.image0), name_in_folder(pair.image1), pair.rot0, pair.rot1)
+            for pair in read_pair_list(path)]
+
+
+def read_scannet_camera(root, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """K (3, 3) and world-to-camera pose (4, 4) of the image root/<scene>/img/<N>.jpg; InputError if unusable."""
+    scene, number = PurePosixPath(name).parent.parent, PurePosixPath(name).stem
+    intrinsic, extrinsic = (Path(root, scene, folder, f"{number}.txt") for folder in ("intrinsic", "extrinsic"))
+    try:
+        K, pose = np.loadtxt(intrinsic)[:3, :3].reshape(3, 3), np.linalg.inv(np.loadtxt(extrinsic).reshape(4, 4))
+    except (OSError, ValueError, IndexError, np.linalg.LinAlgError) as error:
+        raise InputError(f"no camera for {name} in {intrinsic} and {extrinsic}: {error}") from None
+    if not (np.isfinite(K).all() and np.isfinite(pose).all() and K[0, 0] > 0 and K[1, 1] > 0):
+        raise InputError(f"camera of {name} not usable: {intrinsic}, {extrinsic}")
+    return K, pose
+
+
+def read_megadepth1500(folder) -> list[Pair]:
+    """The pairs of MegaDepth-1500 from its files `<scene>_<min>_<max>.npz` in a folder (SPEC 13), file by file."""
+    paths = sorted(Path(folder).glob("*_*_*.npz"))
+    if not paths:
+        raise InputError(f"no files of MegaDepth-1500 in {folder}: expected 0015_0.1_0.3.npz and four more")
+    return [pair for path in paths for pair in _read_pair_infos(path)]
+
+
+def _read_pair_infos(path) -> list[Pair]:
+    info, pairs = load_npz(path), []
+    try:
+        for (i, j), *_ in info["pair_infos"]:
+            K0, K1 = (colmap_to_opencv_K(np.reshape(info["intrinsics"][k], (3, 3))) for k in (i, j))
+            T_0to1 = relative_pose(*(np.reshape(info["poses"][k], (4, 4)) for k in (i, j)))
+            pairs.append(Pair(str(info["image_paths"][i]), str(info["image_paths"][j]), 0, 0, K0, K1, T_0to1))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no file of MegaDepth-1500: {type(error).__name__} {error}") from None
+    return pairs
 
 
 def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:

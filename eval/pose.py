@@ -1,4 +1,6 @@
 """Relative pose from matches: robust estimators behind one function."""
+import time
+
 import cv2
 import numpy as np
 import poselib
@@ -10,7 +12,6 @@ CONFIDENCE = 0.99999
 # where a fifth are, 1000 draws found 40% of synthetic poses, 5000 found 72%, and 10000 no more.
 MAGSAC_ITERATIONS = 5000
 RANSAC_ITERATIONS = 1000  # the default: each takes ten times as long, and more were measured to add nothing
-
 
 
 def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str = "magsac", seed: int = 0):
@@ -27,6 +28,13 @@ def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str 
     # the threshold in camera coordinates is threshold / focal, by the mean of all four focal lengths, as published
     focal = float(np.mean([K0[0][0], K0[1][1], K1[0][0], K1[1][1]]))
     return ESTIMATORS[method](x0, x1, threshold, focal, seed)
+
+
+def timed_estimate_pose(*arguments) -> tuple[tuple | None, float]:
+    """What `estimate_pose` returns, and how many seconds it took."""
+    start = time.perf_counter()
+    pose = estimate_pose(*arguments)
+    return pose, time.perf_counter() - start
 
 
 def _opencv(flag: int, max_iterations: int):

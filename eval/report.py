@@ -1,62 +1,36 @@
-"""What was found on each pair -> numbers per method, a table, and the files of a run (SPEC 14)."""
+"""What was found on each pair -> numbers per method, tables, plots and the files of a run (SPEC 14)."""
 import csv
 import platform
-from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from eval.metrics import bootstrap_interval, pose_auc, precision_at_recall
+from eval.results import PairResult
+from eval.run import PoseSetting, Results, pose_errors
 from tools.files import atomic_path, write_json
 from tools.visualize import plot_curves
 
 AUC_THRESHOLDS = (5, 10, 20)  # degrees
 STAGES = ("features", "matching", "pose")
-
-
-@dataclass
-class PairResult:
-    """One method on one pair; None where the ground truth that it takes is not known.
-
-    error_R, error_t: degrees, inf without a pose; matches (M, 2): the indices used for the pose; inliers (M,) bool;
-    epipolar_errors (M,); scores and correct: all predicted matches between keypoints with depth, with n_true
-    correspondences to find, of which n_used of those used were, n_correct rightly; seconds: by stage.
-    """
-
-    index: int
-    names: tuple[str, str]
-    n_keypoints0: int
-    n_keypoints1: int
-    matches: np.ndarray
-    matching_scores: np.ndarray
-    inliers: np.ndarray
-    seconds: dict
-    error_R: float | None = None
-    error_t: float | None = None
-    epipolar_errors: np.ndarray | None = None
-    precision: float | None = None
-    matching_score: float | None = None
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    correct: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    n_true: int | None = None
-    n_used: int | None = None
-    n_correct: int | None = None
-
-    @property
-    def error(self) -> float | None:
-        """Pose error in degrees: the larger of both."""
-        return None if self.error_R is None else max(self.error_R, self.error_t)
-
-
-def pose_errors(results: list[PairResult]) -> list[float]:
-    """Pose errors of the pairs whose pose is known."""
-    return [result.error for result in results if result.error is not None]
+VERSION = 2  # of results.json
 
 
 def _mean(values) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _auc(errors: list[float], seed: int) -> dict:
+    """AUC at each threshold, and its 95% interval; {} without errors."""
+    if not errors:
+        return {}
+    names = list(map(str, AUC_THRESHOLDS))
+    return {"auc": dict(zip(names, pose_auc(errors, AUC_THRESHOLDS))),
+            "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
 
 
 def summarize(results: dict[str, list[PairResult]], seed: int) -> dict[str, dict]:
@@ -67,18 +41,21 @@ def summarize(results: dict[str, list[PairResult]], seed: int) -> dict[str, dict
     summary, baseline_recall = {}, None
     for method, rows in results.items():
         errors = pose_errors(rows)
-        numbers = {"pairs": len(rows), "pairs_with_pose": len(errors)}
+        numbers = {"pairs": len(rows), "pairs_with_pose": len(errors), **_auc(errors, seed)}
         if errors:
-            numbers["auc"] = dict(zip(map(str, AUC_THRESHOLDS), pose_auc(errors, AUC_THRESHOLDS)))
-            intervals = bootstrap_interval(errors, AUC_THRESHOLDS, seed)
-            numbers["auc_interval"] = dict(zip(map(str, AUC_THRESHOLDS), intervals))
             numbers["pose_found"] = float(np.mean(np.isfinite(errors)))
         numbers["precision"] = _mean(row.precision for row in rows)
         numbers["matching_score"] = _mean(row.matching_score for row in rows)
-        numbers["matches"] = _mean(len(row.matches) for row in rows)
-        numbers["inliers"] = _mean(np.sum(row.inliers) for row in rows)
+        numbers["matches"] = _mean(row.n_matches for row in rows)
+        numbers["inliers"] = _mean(row.n_inliers for row in rows)
         numbers["keypoints"] = _mean((row.n_keypoints0 + row.n_keypoints1) / 2 for row in rows)
+        numbers["iterations"] = _mean(row.n_iterations for row in rows)
         numbers["ms"] = {stage: 1000 * _mean(row.seconds[stage] for row in rows) for stage in STAGES}
+        if any(row.stopped_early is not None for row in rows):
+            numbers["stopped_early"] = _mean(row.stopped_early for row in rows)
+            numbers["keypoints_kept"] = _mean((row.steps[-1].kept0 + row.steps[-1].kept1) / 2
+                                              for row in rows if row.steps)
+            numbers["by_iteration"] = summarize_iterations(rows, seed)
 
         with_depth = [row for row in rows if row.n_true is not None]
         n_true = sum(row.n_true for row in with_depth)
@@ -97,70 +74,229 @@ def summarize(results: dict[str, list[PairResult]], seed: int) -> dict[str, dict
     return summary
 
 
+def summarize_iterations(rows: list[PairResult], seed: int) -> list[dict]:
+    """What the loop would give if it ended after so many iterations, for each number at which it reads matches.
+
+    iterations; running: share of the pairs that get that far; stopped: share that ends just there because two poses
+    agreed; keypoints_kept: mean of both views over the pairs that get that far; auc, auc_interval and precision: of the
+    poses read then, and for pairs that end there or have ended before, of their last.
+    """
+    numbers = []
+    for iterations in sorted({step.iterations for row in rows for step in row.steps}):
+        sources, kept, n_stopped = [], [], 0
+        for row in rows:
+            step = next((step for step in row.steps if step.iterations == iterations), None)
+            ends = step is not None and step is row.steps[-1]
+            sources.append(row if step is None or ends else step)
+            if step is not None:
+                kept.append((step.kept0 + step.kept1) / 2)
+            n_stopped += bool(ends and row.stopped_early)
+        numbers.append({"iterations": iterations, "running": len(kept) / len(rows), "stopped": n_stopped / len(rows),
+                        "keypoints_kept": float(np.mean(kept)), **_auc(pose_errors(sources), seed),
+                        "precision": _mean(source.precision for source in sources)})
+    return numbers
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _auc_cells(numbers: dict) -> list[str]:
+    if "auc" not in numbers:
+        return ["-"] * len(AUC_THRESHOLDS)
+    cells = []
+    for threshold in map(str, AUC_THRESHOLDS):
+        low, high = (round(100 * bound) for bound in numbers["auc_interval"][threshold])
+        cells.append(f"{_percent(numbers['auc'][threshold])} [{low}, {high}]")
+    return cells
+
+
+def _align(table: list[list[str]]) -> list[str]:
+    """Rows of cells -> lines; the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(row, widths))) for row in table]
 
 
 def format_table(summary: dict[str, dict]) -> str:
     """The numbers per method as aligned plain text; shares in percent."""
     with_depth = [numbers["against_depth"] for numbers in summary.values() if "against_depth" in numbers]
+    with_iterations = any(numbers["iterations"] is not None for numbers in summary.values())
     header = ["method", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "m.score", "matches"]
     notes = ["precision: by epipolar error; m.score: matching score; ms: milliseconds per pair"]
     if with_depth:
         recall = _percent(with_depth[0]["baseline_recall"])
         header += ["recall*", "prec*", f"prec*@{recall}"]
         notes.append(f"*: against the correspondences by depth; prec*@{recall}: at that recall")
+    if with_iterations:
+        header += ["iterations", "kept"]
+        notes.append("kept: keypoints of a view at the last iteration of the loop")
     header += [f"{stage} ms" for stage in STAGES]
     table = [header]
     for method, numbers in summary.items():
-        row = [method]
-        for threshold in map(str, AUC_THRESHOLDS):
-            if "auc" not in numbers:
-                row.append("-")
-                continue
-            low, high = (round(100 * bound) for bound in numbers["auc_interval"][threshold])
-            row.append(f"{_percent(numbers['auc'][threshold])} [{low}, {high}]")
-        row += [_percent(numbers["precision"]), _percent(numbers["matching_score"]), f"{numbers['matches']:.0f}"]
+        row = [method, *_auc_cells(numbers), _percent(numbers["precision"]), _percent(numbers["matching_score"]),
+               f"{numbers['matches']:.0f}"]
         if with_depth:
             against = numbers.get("against_depth", {})
             row += [_percent(against.get(key)) for key in ("recall", "precision", "precision_at_baseline_recall")]
+        if with_iterations:
+            kept = numbers.get("keypoints_kept")
+            row += ["-" if numbers["iterations"] is None else f"{numbers['iterations']:.1f}",
+                    "-" if kept is None else f"{kept:.0f}"]
         row += [f"{numbers['ms'][stage]:.1f}" for stage in STAGES]
         table.append(row)
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths))) for row in table]
-    return "\n".join([*lines, "; ".join(notes)])
+    return "\n".join([*_align(table), *notes])
 
 
-def write_results(path, settings: dict, summary: dict, skipped: list) -> None:
-    """Write results.json: settings, versions, the numbers per method, the pairs left out."""
+def format_iterations(by_iteration: list[dict]) -> str:
+    """What `summarize_iterations` gives, as aligned plain text."""
+    table = [["if ended after", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "running",
+              "stopped", "kept"]]
+    for numbers in by_iteration:
+        table.append([f"{numbers['iterations']} iterations", *_auc_cells(numbers), _percent(numbers["precision"]),
+                      _percent(numbers["running"]), _percent(numbers["stopped"]), f"{numbers['keypoints_kept']:.0f}"])
+    return "\n".join(_align(table))
+
+
+def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]]]:
+    """AUC@10 of each method at each threshold: {estimator: {threshold: {method: AUC}}}."""
+    sweep = {}
+    for setting, of_setting in results.items():
+        sweep.setdefault(setting.estimator, {})[setting.threshold] = {
+            method: pose_auc(pose_errors(rows), [10])[0] for method, rows in of_setting.items()}
+    return sweep
+
+
+def best_settings(sweep: dict) -> list[PoseSetting]:
+    """For each estimator the threshold with the highest AUC@10, averaged over the methods; the first of equals."""
+    return [PoseSetting(estimator, max(by_threshold, key=lambda t: np.mean(list(by_threshold[t].values()))))
+            for estimator, by_threshold in sweep.items()]
+
+
+def format_sweep(sweep: dict) -> str:
+    """AUC@10 in percent by estimator, method and threshold, as aligned plain text."""
+    thresholds = sorted({threshold for by_threshold in sweep.values() for threshold in by_threshold})
+    table = [["AUC@10 at a threshold of", *(f"{threshold:g} px" for threshold in thresholds)]]
+    for estimator, by_threshold in sweep.items():
+        for method in next(iter(by_threshold.values())):
+            table.append([f"{estimator}, {method}", *(_percent(by_threshold[threshold][method])
+                                                      for threshold in thresholds)])
+    return "\n".join(_align(table))
+
+
+def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **more) -> None:
+    """Write results.json: format version, settings, versions, a table per estimator, the pairs left out, and more."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                "opencv": cv2.__version__}
-    write_json(path, {"settings": settings, "versions": versions, "methods": summary,
+                "opencv": cv2.__version__, "poselib": version("poselib")}
+    tables = [{"estimator": setting.estimator, "threshold": setting.threshold, "methods": summary}
+              for setting, summary in summaries.items()]
+    write_json(path, {"version": VERSION, "settings": settings, "versions": versions, "tables": tables, **more,
                       "skipped": [{"pair": name, "reason": reason} for name, reason in skipped]})
 
 
-def write_pairs_csv(path, results: dict[str, list[PairResult]]) -> None:
-    """Write a line per pair and method; empty where the ground truth is not known."""
-    header = ["pair", "image0", "image1", "method", "error", "error_R", "error_t", "keypoints0", "keypoints1",
-              "matches", "inliers", "precision", "matching_score", "true", "used_with_depth", "correct",
-              *(f"ms_{stage}" for stage in STAGES)]
+def _write_csv(path, header: list[str], rows) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for method, rows in results.items():
+        writer.writerows(rows)
+
+
+def _rows(results: Results):
+    for setting, of_setting in results.items():
+        for method, rows in of_setting.items():
             for row in rows:
-                writer.writerow([row.index, *row.names, method, row.error, row.error_R, row.error_t, row.n_keypoints0,
-                                 row.n_keypoints1, len(row.matches), int(np.sum(row.inliers)), row.precision,
-                                 row.matching_score, row.n_true, row.n_used, row.n_correct,
-                                 *(round(1000 * row.seconds[stage], 3) for stage in STAGES)])
+                yield [row.index, *row.names, method, setting.estimator, setting.threshold], row
 
 
-def plot_pose_recall(path, results: dict[str, list[PairResult]]) -> None:
+def write_pairs_csv(path, results: Results) -> None:
+    """Write a line per pair, method and estimator; empty where the ground truth is not known."""
+    header = ["pair", "image0", "image1", "method", "estimator", "threshold", "error", "error_R", "error_t",
+              "keypoints0", "keypoints1", "matches", "inliers", "precision", "matching_score", "true",
+              "used_with_depth", "correct", "iterations", "stopped_early", *(f"ms_{stage}" for stage in STAGES)]
+    _write_csv(path, header, (
+        [*key, row.error, row.error_R, row.error_t, row.n_keypoints0, row.n_keypoints1, row.n_matches, row.n_inliers,
+         row.precision, row.matching_score, row.n_true, row.n_used, row.n_correct, row.n_iterations, row.stopped_early,
+         *(round(1000 * row.seconds[stage], 3) for stage in STAGES)] for key, row in _rows(results)))
+
+
+def write_iterations_csv(path, results: Results) -> None:
+    """Write a line for each time that the loop read the matches of a pair."""
+    header = ["pair", "image0", "image1", "method", "estimator", "threshold", "iterations", "kept0", "kept1", "matches",
+              "inliers", "error", "error_R", "error_t", "precision"]
+    _write_csv(path, header, (
+        [*key, step.iterations, step.kept0, step.kept1, step.n_matches, step.n_inliers, step.error, step.error_R,
+         step.error_t, step.precision] for key, row in _rows(results) for step in row.steps))
+
+
+def _named(results: Results):
+    """(label, rows) of every method, with the estimator where there are several."""
+    for setting, of_setting in results.items():
+        for method, rows in of_setting.items():
+            yield method if len(results) == 1 else f"{method}, {setting.estimator}", rows
+
+
+def plot_pose_recall(path, results: Results) -> None:
     """Write a PNG: share of pairs (percent) whose pose error is at most x degrees, one curve a method."""
     degrees = np.linspace(0, AUC_THRESHOLDS[-1], 401)
     curves = {}
-    for method, rows in results.items():
+    for label, rows in _named(results):
         errors = np.sort(pose_errors(rows))
-        curves[method] = (degrees, 100 * np.searchsorted(errors, degrees, side="right") / len(errors))
+        curves[label] = (degrees, 100 * np.searchsorted(errors, degrees, side="right") / len(errors))
     plot_curves(path, curves, "pose error (degrees)", "pairs below it (%)", ylim=(0, 100))
+
+
+def plot_iterations_used(path, results: Results) -> None:
+    """Write a PNG: share of pairs (percent) by how many iterations the loop ran, a bar for each method beside others.
+
+    The hatched part of a bar is pairs that ran to the end because no two poses agreed.
+    """
+    loops = {label: rows for label, rows in _named(results) if any(row.steps for row in rows)}
+    used = sorted({step.iterations for rows in loops.values() for row in rows for step in row.steps})
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(loops)
+    for place, (label, rows) in enumerate(loops.items()):
+        x = np.arange(len(used)) + (place - (len(loops) - 1) / 2) * width
+        agreed, others = (np.array([100 * np.mean([row.n_iterations == n and row.stopped_early is stopped
+                                                   for row in rows]) for n in used]) for stopped in (True, False))
+        axes.bar(x, agreed, width * 0.92, label=label, color=f"C{place}")
+        axes.bar(x, others, width * 0.92, bottom=agreed, facecolor="none", edgecolor=f"C{place}", hatch="////")
+    axes.bar([0], [0], facecolor="none", edgecolor="gray", hatch="////", label="pose never stayed the same")
+    axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
+    _finish(figure, axes, path)
+
+
+def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[str], str | None]]) -> None:
+    """Write a PNG: AUC@10 (percent) over milliseconds per pair, of matching and pose.
+
+    summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, the loop)}.
+    """
+    def point(method):
+        numbers = summary[method]
+        return numbers["ms"]["matching"] + numbers["ms"]["pose"], 100 * numbers["auc"]["10"]
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (network, (one_shot, loop)) in enumerate(series.items()):
+        x, y = zip(*map(point, one_shot))
+        axes.plot(x, y, "o-", color=f"C{place}", linewidth=1.5, markersize=4, label=f"{network} in one shot")
+        for method in one_shot:
+            axes.annotate(f"{summary[method]['iterations']:.0f}", point(method), xytext=(0, 5), fontsize=8,
+                          textcoords="offset points", ha="center", color=f"C{place}")
+        if loop is not None:
+            axes.plot(*point(loop), "*", color=f"C{place}", markersize=13, label=loop)
+            axes.annotate(f"{summary[loop]['iterations']:.1f}", point(loop), xytext=(0, 7), fontsize=8,
+                          textcoords="offset points", ha="center", color=f"C{place}")
+    axes.set(xlabel="matching and pose, ms per pair", ylabel="AUC@10 (%)", title="with the number of iterations")
+    axes.margins(0.08)
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Figure, axes, path) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -186,6 +186,37 @@ def test_default_weights(tmp_path, monkeypatch):
         default_weights("EIMP_geo", "spp", None)
 
 
+def test_our_own_weights_stand_in_for_published_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    (tmp_path / "eimp_sift_open.pth").touch()
+    assert default_weights("EIMP", "sift", "yfcc") == tmp_path / "eimp_sift_open.pth"
+    error = capsys.readouterr().err
+    assert "weights/eimp_sift.pth" in error and "weights/eimp_sift_open.pth" in error and error.count("\n") == 1
+    for method, feature_type in (("IMP", "sift"), ("EIMP", "spp"), ("EIMP_geo", "sift")):
+        with pytest.raises(InputError):
+            default_weights(method, feature_type)
+    (tmp_path / "eimp_sift.pth").touch()
+    assert default_weights("EIMP", "sift", "yfcc") == tmp_path / "eimp_sift.pth"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_demo_is_offered_where_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / "runs" / "demo" / "imp" / "latest.pth"
+    for made in (False, True):
+        with pytest.raises(InputError, match=r"weights/imp_sift.pth, or name one with --weights") as error:
+            default_weights("IMP", "sift")
+        offer = "the demo's are at runs/demo/imp/latest.pth" if made else "`make demo` trains small ones"
+        assert str(error.value).endswith(offer)
+        demo.parent.mkdir(parents=True, exist_ok=True)
+        demo.touch()
+    for method, feature_type in (("IMP", "spp"), ("GM", "sift")):
+        with pytest.raises(InputError) as error:
+            default_weights(method, feature_type)
+        assert "demo" not in str(error.value)
+
+
 def test_every_published_file_is_explained():
     text = (Path(__file__).parent.parent / "weights" / "README.md").read_text()
     names = [f"{network}_{kind}.pth" for network in ("imp", "eimp")

@@ -1,36 +1,38 @@
-"""Pair sets, matchers and the evaluation command, on images of two textured planes with exact poses."""
+"""Matchers, the evaluation command and what it reports, on images of two textured planes with exact poses."""
 import csv
 import json
 
-import cv2
-import h5py
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.transform import Rotation
+from eval_scene import NAMES, list_set, make_pair, make_scene, write_hdf5
 
 from eval import eval_imp
-from eval.eval_imp import Outcome, evaluate, match_one_shot, score_pair, to_data, true_correspondences
+from eval.eval_imp import build_methods, parse_arguments, warn_of_training_scenes
+from eval.iterative import IterationStep
+from eval.journal import Journal
 from eval.matchers import MATCHERS, MatcherSettings
-from eval.pair_sets import Hdf5PairSet, ListPairSet, upright_images
-from eval.report import PairResult, format_table, summarize
+from eval.methods import Method, Outcome, match_one_shot, to_data
+from eval.pair_sets import Hdf5PairSet, ListPairSet
+from eval.report import best_settings, format_sweep, format_table, summarize, summarize_iterations, sweep_thresholds
+from eval.results import (
+    PRECISION_THRESHOLD,
+    PairResult,
+    StepResult,
+    epipolar_errors,
+    score_pair,
+    true_correspondences,
+)
+from eval.run import PoseSetting, evaluate
 from nets import build_matcher
 from tools.checkpoint import save_checkpoint
 from tools.cli import InputError, run
 from tools.features import Features, Sift
-from tools.files import read_image, write_depth, write_image
-from tools.geometry import essential_matrix, make_pose, relative_pose
+from tools.files import read_image
 from tools.pair_list import Pair, write_pair_list
+from training.trainer import warm_start
 
-NAMES = ["a.png", "sub/b.png", "c.png"]
-SIZES = [(320, 240), (400, 300), (320, 240)]
-CAMERAS = [np.array([[f, 0, (w - 1) / 2], [0, f * 1.02, (h - 1) / 2], [0, 0, 1]])
-           for f, (w, h) in zip((300.0, 420.0, 300.0), SIZES)]
-POSES = [make_pose(Rotation.from_rotvec(turn, degrees=True).as_matrix(), t)
-         for turn, t in (([0, 0, 0], [0, 0, 0]), ([2, 9, 4], [-0.7, 0.05, 0.1]), ([-6, 4, -8], [-0.3, -0.6, 0.2]))]
-# two planes z = const, the nearer one in front of a part of the other
-PLANES = [(5.0, (-6, 6, -5, 5)), (3.0, (-0.2, 1.6, -1.2, 1.4))]
-TEXELS = 110  # per unit of length
+MAGSAC = PoseSetting("magsac", 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,82 +44,36 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def texture(rng, width, height):
-    """Blobs of all sizes, uint8."""
-    image = np.full((height, width), 128, np.uint8)
-    for _ in range(width * height // 250):
-        x, y, radius, value = rng.integers(0, [width, height, 14, 256])
-        cv2.circle(image, (int(x), int(y)), int(3 + radius), int(value), -1, cv2.LINE_AA)
-    return cv2.GaussianBlur(image, (0, 0), 1.0)
-
-
-def render(textures, K, pose, size):
-    """Image (H, W) uint8 and depth (H, W) of the planes."""
-    w, h = size
-    image, depth = np.zeros((h, w), np.uint8), np.zeros((h, w), np.float32)
-    rays = np.linalg.inv(K) @ np.stack([*np.mgrid[:h, :w][::-1], np.ones((h, w))]).reshape(3, -1)
-    for picture, (z, (left, _, top, _)) in zip(textures, PLANES):
-        texel_to_plane = np.array([[1 / TEXELS, 0, left], [0, 1 / TEXELS, top], [0, 0, 1]])
-        H = K @ np.c_[pose[:3, :2], pose[:3, 2] * z + pose[:3, 3]] @ texel_to_plane
-        covered = cv2.warpPerspective(np.full_like(picture, 255), H, size) > 250
-        image[covered] = cv2.warpPerspective(picture, H, size)[covered]
-        plane_depth = (z + pose[:3, 2] @ pose[:3, 3]) / (pose[:3, 2] @ rays)
-        depth[covered] = plane_depth.reshape(h, w)[covered]
-    return image, depth
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """Folder with images/, depths/ and pairs.txt, never written to; all three pairs of the three views."""
-    root = tmp_path_factory.mktemp("scene")
-    rng = np.random.default_rng(0)
-    textures = [texture(rng, round((right - left) * TEXELS), round((bottom - top) * TEXELS))
-                for _, (left, right, top, bottom) in PLANES]
-    for name, K, pose, size in zip(NAMES, CAMERAS, POSES, SIZES):
-        image, depth = render(textures, K, pose, size)
-        write_image(root / "images" / name, image)
-        write_depth((root / "depths" / name).with_suffix(".h5"), depth)
-    write_pair_list(root / "pairs.txt", [make_pair(0, 1), make_pair(1, 2), make_pair(0, 2)])
-    return root
+    return make_scene(tmp_path_factory.mktemp("scene"))
 
 
-def make_pair(i, j):
-    return Pair(NAMES[i], NAMES[j], 0, 0, CAMERAS[i], CAMERAS[j], relative_pose(POSES[i], POSES[j]))
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of seven iterations that matches nearest neighbours, trained on a scene called sub."""
+    torch.manual_seed(0)
+    network = build_matcher("imp", descriptor_dim=128, n_layers=7)
+    warm_start(network)
+    path = tmp_path_factory.mktemp("weights") / "warm.pth"
+    save_checkpoint(path, {"model": network.state_dict(), "config": {"n_min_tokens": 60}, "scenes": ["sub", "other"]})
+    return path
 
 
-def evaluate_command(scene, save_path, *options):
-    return ["--matching_method", "NN_ratio", "--pairs", str(scene / "pairs.txt"), "--image_dir", str(scene / "images"),
+def evaluate_command(scene, save_path, *options, methods=("NN_ratio",)):
+    return ["--matching_method", *methods, "--pairs", str(scene / "pairs.txt"), "--image_dir", str(scene / "images"),
             "--feature_type", "sift", "--max_keypoints", "400", "--save_path", str(save_path), "--device", "cpu",
             *map(str, options)]
 
 
-def list_set(scene, pairs, **options):
-    return ListPairSet(pairs, scene / "images", Sift(400, 1e-5), **options)
-
-
-def mean_error(pair_set, **options):
-    results, skipped = evaluate(pair_set, {"NN_ratio": MATCHERS["NN_ratio"](MatcherSettings())}, 1.0, **options)
-    assert not skipped
-    return np.mean([row.error for row in results["NN_ratio"]])
-
-
-def write_hdf5(path, pair_set, sizes=True, text=None, depth=True, numbers=(0, 1)):
-    """The evaluation dump's format, from another set."""
-    with h5py.File(path, "w") as file:
-        for i, pair in zip(numbers, (pair_set[i] for i in range(len(pair_set)))):
-            views = (("1", pair.features0, pair.K0, pair.depth0), ("2", pair.features1, pair.K1, pair.depth1))
-            for view, features, K, at_keypoints in views:
-                name = pair.names[int(view) - 1]
-                file[f"img_path{view}/{i}"] = text(name) if text else name
-                file[f"K{view}/{i}"] = K
-                file[f"kpt{view}/{i}"] = np.c_[features.keypoints, features.scores]
-                file[f"desc{view}/{i}"] = features.descriptors.astype(np.float16)
-                if sizes:
-                    file[f"size{view}/{i}"] = features.image_size
-                if depth:
-                    file[f"depth{view}/{i}"] = at_keypoints
-            file[f"R/{i}"], file[f"T/{i}"] = pair.T_0to1[:3, :3], pair.T_0to1[:3, 3:]
-            file[f"e/{i}"] = file[f"f/{i}"] = essential_matrix(pair.T_0to1)
+def read_tables(folder):
+    """The tables of results.json, without times."""
+    tables = json.loads((folder / "results.json").read_text())["tables"]
+    for table in tables:
+        for numbers in table["methods"].values():
+            assert set(numbers.pop("ms")) == {"features", "matching", "pose"}
+    return tables
 
 
 # the whole way
@@ -128,18 +84,21 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
     command.insert(1, "NN")
     (tmp_path / "pairs_middle1.png").write_text("of an earlier run with more pictures")
     assert run(eval_imp.main, command) == 0
-    table = capsys.readouterr().out.splitlines()
+    heading, *table = capsys.readouterr().out.splitlines()
+    assert heading == "magsac at 1 px"
     assert table[0].split()[:6:2] == ["method", "[95%]", "[95%]"] and "prec*@" in table[0]
     assert [line.split()[0] for line in table[1:3]] == ["NN", "NN_ratio"]
     assert len({len(line) for line in table[:3]}) == 1  # aligned
 
     results = json.loads((tmp_path / "results.json").read_text())
-    numbers = results["methods"]["NN_ratio"]
+    (table,) = results["tables"]
+    assert (table["estimator"], table["threshold"]) == ("magsac", 1)
+    numbers = table["methods"]["NN_ratio"]
     assert numbers["auc"]["5"] > 0.7 and numbers["auc"]["20"] > 0.9
     assert numbers["auc_interval"]["5"][0] <= numbers["auc"]["5"] <= numbers["auc_interval"]["5"][1]
     assert numbers["precision"] > 0.85 and numbers["matches"] > 50 and 0.1 < numbers["matching_score"] < 1
     assert results["settings"]["threshold"] == 1 and results["versions"]["numpy"] == np.__version__
-    depth = {method: results["methods"][method]["against_depth"] for method in ("NN", "NN_ratio")}
+    depth = {method: table["methods"][method]["against_depth"] for method in ("NN", "NN_ratio")}
     assert depth["NN_ratio"]["precision"] > depth["NN"]["precision"] + 0.02 > 0.8
     assert depth["NN"]["recall"] > depth["NN_ratio"]["recall"] > 0.4
     assert depth["NN_ratio"]["baseline_recall"] == depth["NN"]["recall"]
@@ -156,15 +115,16 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
     assert not (tmp_path / "pairs_middle1.png").exists()
 
 
-def test_two_runs_give_the_same_numbers(scene, tmp_path):
+def test_two_runs_give_the_same_numbers_whatever_the_workers(scene, weights, tmp_path):
     written = []
-    for name in ("first", "second"):
-        options = ["--depth_dir", scene / "depths", "--pictures", 0]
-        assert run(eval_imp.main, evaluate_command(scene, tmp_path / name, *options)) == 0
-        methods = json.loads((tmp_path / name / "results.json").read_text())["methods"]
-        del methods["NN_ratio"]["ms"]
-        written.append(methods)
+    for name, workers in (("first", 0), ("second", 0), ("third", 2)):
+        command = evaluate_command(scene, tmp_path / name, "--depth_dir", scene / "depths", "--pictures", 0,
+                                   "--weights", weights, "--use_iterative", "--max_keypoints", 100, "--seed", 3,
+                                   "--workers", workers, methods=["NN_ratio", "EIMP"])
+        assert run(eval_imp.main, command) == 0
+        written.append((read_tables(tmp_path / name), (tmp_path / name / "iterations.csv").read_text()))
     assert written[0] == written[1]
+    assert written[0] == written[2]
 
 
 def test_a_bad_pair_is_skipped_and_said(scene, tmp_path, capsys):
@@ -179,7 +139,7 @@ def test_a_bad_pair_is_skipped_and_said(scene, tmp_path, capsys):
     assert run(eval_imp.main, command) == 1
     assert "2 pairs skipped" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["methods"]["NN_ratio"]["pairs"] == 1
+    assert results["tables"][0]["methods"]["NN_ratio"]["pairs"] == 1
     assert ["broken.png" in item["reason"] for item in results["skipped"]] == [True, False]
 
     write_pair_list(tmp_path / "list.txt", [missing])
@@ -194,15 +154,15 @@ def test_pairs_without_truth_are_matched_but_not_scored(scene, tmp_path):
     command = evaluate_command(scene, tmp_path / "out", "--pictures", 2)
     command[3] = str(tmp_path / "list.txt")
     assert run(eval_imp.main, command) == 0
-    numbers = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["NN_ratio"]
+    numbers = read_tables(tmp_path / "out")[0]["methods"]["NN_ratio"]
     assert "auc" not in numbers and numbers["precision"] is None and numbers["matches"] > 50
     assert (tmp_path / "out" / "pairs_easy.png").exists()
 
 
 def test_limit_takes_pairs_from_all_over_the_set(scene):
     pair_set = list_set(scene, [make_pair(0, 1), make_pair(0, 1), make_pair(1, 2), make_pair(0, 2), make_pair(0, 2)])
-    results, _ = evaluate(pair_set, {"NN": MATCHERS["NN"](MatcherSettings())}, 1.0, limit=3)
-    assert [row.index for row in results["NN"]] == [0, 2, 4]
+    results, _ = evaluate(pair_set, {"NN": Method(MATCHERS["NN"](MatcherSettings()))}, [MAGSAC], limit=3)
+    assert [row.index for row in results[MAGSAC]["NN"]] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -210,12 +170,26 @@ def test_limit_takes_pairs_from_all_over_the_set(scene):
     (["--pairs", "nowhere.txt"], "nowhere.txt"),
     (["--depth_dir", "nowhere"], "a.h5"),
     (["--matching_method", "IMP", "--weights", "nowhere.pth"], "nowhere.pth"),
-    (["--matching_method", "IMP", "EIMP", "--weights", "one.pth"], "--weights"),
+    (["--matching_method", "NN", "--weights", "one.pth"], "--weights"),
+    (["--matching_method", "IMP", "EIMP", "IMP_geo", "--weights", "one.pth", "two.pth"], "IMP, EIMP, IMP_geo"),
+    (["--dataset", "megadepth1500"], "0015_0.1_0.3.npz"),
 ])
 def test_bad_input_is_one_line_that_names_it(scene, tmp_path, capsys, options, message):
     assert run(eval_imp.main, [*evaluate_command(scene, tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_usage_errors_name_the_option(scene, tmp_path, capsys):
+    for options, message in ((["--threshold", "0"], "--threshold"), (["--threshold", "best"], "--threshold"),
+                             (["--workers", "-1"], "--workers"), (["--use_uncertainty"], "--use_iterative"),
+                             (["--limit", "0"], "--limit"), (["--resize", "1", "2", "3"], "--resize")):
+        with pytest.raises(SystemExit) as error:
+            parse_arguments([*evaluate_command(scene, tmp_path), *options])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_arguments(["--matching_method", "NN", "--feature_type", "sift"])
+    assert "--pairs and --image_dir" in capsys.readouterr().err
 
 
 def test_missing_features_say_which_command_makes_them(tmp_path, capsys):
@@ -229,117 +203,253 @@ def test_missing_features_say_which_command_makes_them(tmp_path, capsys):
     assert "yfcc, not scannet" in capsys.readouterr().err
 
 
-# pair sets
+# in turns with the pose
 
-def test_keypoints_of_resized_images_are_in_pixels_of_the_original(scene):
-    pair = list_set(scene, [make_pair(0, 1)], resize=(480, 240))[0]
-    assert pair.features1.image_size == SIZES[1]
-    assert pair.features1.keypoints.max(axis=0) == pytest.approx(SIZES[1], rel=0.1)
-    assert mean_error(list_set(scene, [make_pair(0, 1)], resize=(480, 360))) < 3
-    assert mean_error(list_set(scene, [make_pair(0, 1)], resize=(400,))) < 3
+def test_networks_in_turns_stand_beside_their_one_shot(scene, weights, tmp_path, capsys):
+    command = evaluate_command(scene, tmp_path, "--weights", weights, "--use_iterative", "--use_uncertainty",
+                               "--depth_dir", scene / "depths", "--plot_time_auc", "--pictures", 1, "--threshold", 1,
+                               "--max_keypoints", 150, methods=["NN_ratio", "IMP", "EIMP"])
+    assert run(eval_imp.main, command) == 0
+    out = capsys.readouterr().out
+    (table,) = read_tables(tmp_path)
+    methods = table["methods"]
+    assert list(methods) == ["NN_ratio", "IMP 3 iterations", "IMP 5 iterations", "IMP", "IMP iterative",
+                             "EIMP 3 iterations", "EIMP 5 iterations", "EIMP", "EIMP iterative, uncertainty"]
+    assert methods["NN_ratio"]["iterations"] is None and methods["IMP 3 iterations"]["iterations"] == 3
+    assert methods["IMP"]["iterations"] == 7 and 4 < methods["IMP iterative"]["iterations"] <= 7
+    assert methods["IMP iterative"]["keypoints_kept"] == 150 > methods["EIMP iterative, uncertainty"]["keypoints_kept"]
+    assert methods["IMP iterative"]["auc"]["10"] > 0.5
+    for name in ("IMP iterative", "EIMP iterative, uncertainty"):
+        by_iteration = methods[name]["by_iteration"]
+        assert [numbers["iterations"] for numbers in by_iteration][:2] == [4, 6]
+        assert by_iteration[0]["running"] == 1 and by_iteration[-1]["auc"] == methods[name]["auc"]
+        assert f"\n{name}\nif ended after" in out
 
-
-def stored_sideways(pair, scene, folder):
-    """The pair with view 1 stored turned clockwise, so that one turn counter-clockwise makes it upright."""
-    image = read_image(scene / "images" / pair.image1)
-    h = image.shape[0]
-    write_image(folder / "images" / "turned.png", np.ascontiguousarray(np.rot90(image, -1)))
-    write_image(folder / "images" / pair.image0, read_image(scene / "images" / pair.image0))
-    for name in ("turned", "a"):
-        with h5py.File(scene / "depths" / ("a.h5" if name == "a" else "sub/b.h5")) as file:
-            depth = file["depth"][()]
-        write_depth(folder / "depths" / f"{name}.h5", depth if name == "a" else np.rot90(depth, -1))
-    # upright pixel (x, y) is stored at (h - 1 - y, x), so the stored camera's x axis is minus the upright one's y axis
-    K = pair.K1
-    K_stored = np.array([[K[1, 1], 0, h - 1 - K[1, 2]], [0, K[0, 0], K[0, 2]], [0, 0, 1]])
-    turn = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    return Pair(pair.image0, "turned.png", 0, 1, pair.K0, K_stored, turn @ pair.T_0to1)
-
-
-@pytest.mark.parametrize("resize", [None, (300, 400)])
-def test_an_image_stored_sideways_gives_the_same_pose_after_its_turn(scene, tmp_path, resize):
-    upright = make_pair(0, 1)
-    turned = stored_sideways(upright, scene, tmp_path)
-    pair_set = ListPairSet([turned], tmp_path / "images", Sift(400, 1e-5), resize, tmp_path / "depths")
-    pair, expected = pair_set[0], list_set(scene, [upright], depth_dir=scene / "depths")[0]
-    np.testing.assert_allclose(pair.K1, expected.K1)
-    np.testing.assert_allclose(pair.T_0to1, expected.T_0to1, atol=1e-12)
-    assert pair.features1.image_size == expected.features1.image_size
-    if resize is None:
-        np.testing.assert_allclose(pair.features1.keypoints, expected.features1.keypoints, atol=1e-3)
-        # floor of a coordinate picks another pixel after a turn, so depth differs at the planes' borders only
-        assert np.mean(np.abs(pair.depth1 - expected.depth1) < 0.05) > 0.9
-    assert mean_error(pair_set) < 3
-    np.testing.assert_array_equal(upright_images(pair)[1][:, :, 0], read_image(scene / "images" / upright.image1))
-    true0 = true_correspondences(pair)
-    assert np.sum(true0 >= 0) > 0.8 * np.sum(true_correspondences(expected) >= 0) > 80
+    with open(tmp_path / "iterations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"IMP iterative", "EIMP iterative, uncertainty"}
+    assert {row["iterations"] for row in rows} >= {"4", "6"} and {row["estimator"] for row in rows} == {"magsac"}
+    of_eimp = [row for row in rows if row["method"].startswith("EIMP")]
+    assert {int(row["kept0"]) for row in of_eimp if row["iterations"] == "4"} == {150}
+    assert max(int(row["kept0"]) for row in of_eimp if row["iterations"] == "6") < 150
+    for name in ("iterations_used.png", "time_auc.png", "pose_recall.png"):
+        assert min(read_image(tmp_path / name).shape) > 200
+    assert 5 * 240 < read_image(tmp_path / "pairs_easy.png").shape[0] < 5 * 600  # without those of fewer iterations
 
 
-def test_depth_of_another_size_than_its_image_is_refused(scene, tmp_path):
-    write_depth(tmp_path / "a.h5", np.ones((24, 32)))
-    with pytest.raises(InputError, match="32x24, its image 320x240"):
-        list_set(scene, [make_pair(0, 2)], depth_dir=tmp_path)[0]
+def test_uncertainty_reaches_the_loop(scene, weights, tmp_path):
+    for flags, expected in ((["--use_iterative"], False), (["--use_iterative", "--use_uncertainty"], True)):
+        args = parse_arguments(evaluate_command(scene, tmp_path, "--weights", weights, *flags,
+                                                methods=["NN", "IMP", "EIMP"]))
+        methods = build_methods(args)
+        loops = {name: method for name, method in methods.items() if method.iterative}
+        assert [method.use_uncertainty for method in loops.values()] == [False, expected]
+        assert [method.matcher is methods[name.split()[0]].matcher for name, method in loops.items()] == [True, True]
 
 
-def test_features_of_an_image_are_extracted_once(scene):
-    calls = []
-    sift = Sift(50)
-
-    def counting(image):
-        calls.append(image.shape)
-        return sift(image)
-
-    pair_set = ListPairSet([make_pair(0, 1), make_pair(0, 2), make_pair(1, 2)], scene / "images", counting)
-    for i in range(3):
-        pair_set[i]
-    assert len(calls) == 3
+def test_each_network_can_have_its_own_weights(scene, weights, tmp_path):
+    other = build_matcher("eimp", descriptor_dim=128, n_layers=4)
+    save_checkpoint(tmp_path / "other.pth", {"model": other.state_dict()})
+    methods = build_methods(parse_arguments(evaluate_command(
+        scene, tmp_path, "--weights", weights, tmp_path / "other.pth", methods=["IMP", "NN", "EIMP"])))
+    assert methods["IMP"].matcher.n_iterations == 7 and methods["EIMP"].matcher.n_iterations == 4
 
 
-@pytest.mark.parametrize("sizes", [True, False])
-@pytest.mark.parametrize("text", [None, np.bytes_, lambda name: [name.encode()]])
-def test_hdf5_files_of_any_writer_read_the_same(scene, tmp_path, sizes, text):
-    listed = list_set(scene, [make_pair(0, 1), make_pair(1, 2)], depth_dir=scene / "depths")
-    write_hdf5(tmp_path / "pairs.hdf5", listed, sizes, text, numbers=(2, 10))
-    stored = Hdf5PairSet(tmp_path / "pairs.hdf5", scene / "images")
-    assert len(stored) == 2 and stored.descriptor_dim == 128 and stored.name(1) == "pair 10"
-    for i in range(2):
-        pair, expected = stored[i], listed[i]
-        assert pair.names == expected.names and pair.image_paths == expected.image_paths
-        np.testing.assert_allclose(pair.T_0to1, expected.T_0to1)
-        for mine, theirs in ((pair.features0, expected.features0), (pair.features1, expected.features1)):
-            assert mine.image_size == theirs.image_size and mine.descriptors.dtype == np.float32
-            np.testing.assert_allclose(mine.keypoints, theirs.keypoints)
-            np.testing.assert_allclose(mine.scores, theirs.scores)
-        np.testing.assert_allclose(pair.depth1, expected.depth1)
+# several estimators and thresholds
+
+def test_all_estimators_have_a_table_each(scene, tmp_path, capsys):
+    assert run(eval_imp.main, evaluate_command(scene, tmp_path / "all", "--estimator", "all", "--threshold", 1.5,
+                                               "--pictures", 0)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if " at " in line] == ["magsac at 1.5 px", "ransac at 1.5 px", "poselib at 1.5 px"]
+    tables = read_tables(tmp_path / "all")
+    assert [table["estimator"] for table in tables] == ["magsac", "ransac", "poselib"]
+    assert len({table["methods"]["NN_ratio"]["auc"]["5"] for table in tables}) == 3
+    assert len({table["methods"]["NN_ratio"]["matches"] for table in tables}) == 1
+    with open(tmp_path / "all" / "pairs.csv", newline="") as file:
+        assert [row["estimator"] for row in csv.DictReader(file)] == ["magsac"] * 3 + ["ransac"] * 3 + ["poselib"] * 3
+
+    assert run(eval_imp.main, evaluate_command(scene, tmp_path / "one", "--estimator", "poselib", "--threshold", 1.5,
+                                               "--pictures", 0)) == 0
+    assert read_tables(tmp_path / "one") == tables[2:]
 
 
-def test_hdf5_pairs_without_depth_are_scored_by_pose_only(scene, tmp_path):
-    listed = list_set(scene, [make_pair(0, 1)], depth_dir=scene / "depths")
-    write_hdf5(tmp_path / "pairs.hdf5", listed, depth=False)
-    results, _ = evaluate(Hdf5PairSet(tmp_path / "pairs.hdf5", scene / "images"),
-                          {"NN_ratio": MATCHERS["NN_ratio"](MatcherSettings())}, 1.0)
-    assert results["NN_ratio"][0].error < 3 and results["NN_ratio"][0].n_true is None
+def test_a_sweep_takes_the_best_threshold_and_says_so(scene, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_imp, "SWEEP", (60.0, 1.0))
+    command = evaluate_command(scene, tmp_path / "sweep", "--estimator", "poselib", "--threshold", "sweep", "--weights",
+                               weights, "--use_iterative", "--pictures", 0, "--max_keypoints", 150,
+                               methods=["NN_ratio", "IMP"])
+    assert run(eval_imp.main, command) == 0
+    out = capsys.readouterr().out
+    heading = out.splitlines()[0]
+    assert heading.startswith("poselib at 1 px, the best") and "optimistic" in heading and "60 px" in out
+    assert not list((tmp_path / "sweep").glob("journal*"))
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert "optimistic" in results["sweep"]["note"]
+    swept = results["sweep"]["auc10"]["poselib"]
+    assert list(swept["1.0"]) == ["NN_ratio", "IMP"] and swept["1.0"]["IMP"] > swept["60.0"]["IMP"]
+
+    command[command.index("sweep")] = "1"
+    command[command.index(str(tmp_path / "sweep"))] = str(tmp_path / "plain")
+    assert run(eval_imp.main, command) == 0
+    assert list(read_tables(tmp_path / "plain")[0]["methods"]) == ["NN_ratio", "IMP", "IMP iterative"]
+    assert read_tables(tmp_path / "plain") == read_tables(tmp_path / "sweep")
 
 
-def test_damaged_hdf5_files_are_named(scene, tmp_path, capsys):
-    path = tmp_path / "pairs.hdf5"
-    write_hdf5(path, list_set(scene, [make_pair(0, 1), make_pair(0, 2)], depth_dir=scene / "depths"))
-    with h5py.File(path, "a") as file:
-        del file["desc2/1"]
-        file["desc2/1"] = np.zeros((3, 128))
-    command = ["--matching_method", "NN", "--dataset", "yfcc", "--feature_type", "sift", "--hdf5", str(path),
-               "--image_dir", str(scene / "images"), "--save_path", str(tmp_path / "out"), "--pictures", "0"]
-    assert run(eval_imp.main, command) == 1
-    assert "pair 1" in capsys.readouterr().err
-    command[5] = "spp"
+def test_a_sweep_without_known_poses_is_refused(scene, tmp_path, capsys):
+    write_pair_list(tmp_path / "list.txt", [Pair(NAMES[0], NAMES[2])])
+    command = evaluate_command(scene, tmp_path / "out", "--threshold", "sweep")
+    command[3] = str(tmp_path / "list.txt")
     assert run(eval_imp.main, command) == 2
-    assert "128" in capsys.readouterr().err
-    with h5py.File(path, "a") as file:
-        del file["desc2"]
-    assert run(eval_imp.main, command) == 2
-    assert "desc2" in capsys.readouterr().err
-    path.write_bytes(b"no hdf5")
-    assert run(eval_imp.main, command) == 2
+    assert "known pose" in capsys.readouterr().err
+
+
+def test_the_best_threshold_is_that_of_all_methods():
+    def rows(*errors):
+        return [row(error, 10) for error in errors]
+
+    results = {PoseSetting("magsac", 1.0): {"a": rows(0, 0), "b": rows(30, 30)},
+               PoseSetting("magsac", 2.0): {"a": rows(2, 2), "b": rows(2, 2)},
+               PoseSetting("ransac", 1.0): {"a": rows(1, 1), "b": rows(1, 1)},
+               PoseSetting("ransac", 2.0): {"a": rows(1, 1), "b": rows(1, 1)}}
+    sweep = sweep_thresholds(results)
+    assert sweep["magsac"][1.0] == {"a": 1, "b": 0}
+    assert best_settings(sweep) == [PoseSetting("magsac", 2.0), PoseSetting("ransac", 1.0)]
+    assert [line.split() for line in format_sweep(sweep).splitlines()[1:3]] == [
+        ["magsac,", "a", "100.0", "85.0"], ["magsac,", "b", "0.0", "85.0"]]
+
+
+# going on after an interruption
+
+class Interrupted(ListPairSet):
+    """A set that is interrupted at a pair."""
+
+    stops_at = None
+
+    def __getitem__(self, i):
+        if i == self.stops_at:
+            raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(scene, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_imp, "ListPairSet", Interrupted)
+    write_pair_list(tmp_path / "list.txt", [make_pair(i, j) for i, j in ((0, 1), (1, 2), (0, 2), (2, 0), (2, 1))])
+
+    def command(name, *options):
+        made = evaluate_command(scene, tmp_path / name, "--depth_dir", scene / "depths", "--pictures", 1, "--weights",
+                                weights, "--use_iterative", "--max_keypoints", 150, *options,
+                                methods=["NN_ratio", "EIMP"])
+        made[4] = str(tmp_path / "list.txt")
+        return made
+
+    assert run(eval_imp.main, command("whole")) == 0
+    assert not (tmp_path / "whole" / "journal.jsonl").exists()
+    monkeypatch.setattr(Interrupted, "stops_at", 4)
+    assert run(eval_imp.main, command("parts", "--workers", 1)) == 130
+    journal = tmp_path / "parts" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) == 3  # the settings, and two pairs; two more had been begun
+    assert "2 pairs are done: the same command goes on" in capsys.readouterr().err
+    journal.write_bytes(journal.read_bytes()[:-100])  # as if it had been killed while it wrote the last line
+
+    monkeypatch.setattr(Interrupted, "stops_at", None)
+    assert run(eval_imp.main, command("parts", "--seed", 1)) == 2
+    error = capsys.readouterr().err
+    assert "journal.jsonl" in error and "seed 0" in error and "delete it" in error
+    read = []
+    monkeypatch.setattr(Interrupted, "__getitem__", lambda self, i: read.append(i) or ListPairSet.__getitem__(self, i))
+    assert run(eval_imp.main, command("parts")) == 0
+    assert "going on: 1 of 5 pairs" in capsys.readouterr().err
+    assert read[:4] == [1, 2, 3, 4]
+    assert read_tables(tmp_path / "parts") == read_tables(tmp_path / "whole")
+    for name in ("iterations.csv", "pairs_easy.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not journal.exists()
+
+
+def test_a_longer_run_takes_over_what_a_shorter_one_did(scene, tmp_path):
+    pair_set = list_set(scene, [make_pair(0, 1), make_pair(1, 2), make_pair(0, 2)])
+    methods = {"NN": Method(MATCHERS["NN"](MatcherSettings()))}
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        few, _ = evaluate(pair_set, methods, [MAGSAC], limit=2, journal=journal)
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        assert sorted(journal.finished) == [0, 2]
+        all_pairs, _ = evaluate(pair_set, methods, [MAGSAC], journal=journal)
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        again, _ = evaluate(pair_set, methods, [MAGSAC], limit=2, journal=journal)
+    assert [row.index for row in all_pairs[MAGSAC]["NN"]] == [0, 1, 2]
+    assert [row.error for row in few[MAGSAC]["NN"]] == [row.error for row in again[MAGSAC]["NN"]]
+
+
+def test_a_journal_keeps_whole_lines_only(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, {"seed": 0}) as journal:
+        journal.add(4, [{"error": float("inf")}])
+        journal.add(7, [])
+    whole = path.read_bytes()
+    first_two = len(b"".join(whole.splitlines(keepends=True)[:2]))
+    for damaged in (whole[:-1], whole[:-8], whole[:first_two] + b"\0" * 50, whole[:first_two] + b"[1]\n" + whole[-20:]):
+        path.write_bytes(damaged)
+        with Journal(path, {"seed": 0}) as journal:
+            assert journal.finished == {4: [{"error": float("inf")}]}
+            journal.add(7, [])
+        assert path.read_bytes() == whole
+
+
+def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, {"seed": 0}):
+        with pytest.raises(InputError, match="another evaluation is writing"):
+            Journal(path, {"seed": 0})
+    with pytest.raises(InputError, match="seed 0, now it is 1"):
+        Journal(path, {"seed": 1})
+    for content in ("notes of mine\n", '{"a": 1}\n', "[]\n", "no end of line"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="no journal"):
+            Journal(path, {"seed": 0})
+        assert path.read_text() == content
+
+
+def test_results_read_back_the_same():
+    rng = np.random.default_rng(0)
+    scores = np.r_[rng.random(300).astype(np.float32), np.float32([0, 1, 1e-30, 0.1, 1 / 3])]
+    result = PairResult(3, ("a", "b"), 10, 11, 5, 4, {"pose": 0.1}, np.inf, np.inf, 0.25, 0.125, scores, scores > 0.5,
+                        7, 6, 5, 8, False, [StepResult(4, 10, 9, 3, 0, 1 / 3, 2.0, None)])
+    back = PairResult.from_json(json.loads(json.dumps(result.to_json())))
+    assert back.scores.dtype == np.float32 and back.correct.dtype == bool
+    np.testing.assert_array_equal(back.scores, scores)
+    np.testing.assert_array_equal(back.correct, result.correct)
+    back.scores, back.correct = result.scores, result.correct = None, None
+    assert back == result
+
+
+# what the weights were trained on
+
+def test_weights_trained_on_a_tested_scene_are_named(scene, weights, tmp_path, capsys):
+    silent = build_matcher("imp", descriptor_dim=128, n_layers=3).state_dict()
+    save_checkpoint(tmp_path / "silent.pth", {"model": silent})
+    methods = build_methods(parse_arguments(evaluate_command(
+        scene, tmp_path, "--weights", weights, tmp_path / "silent.pth", methods=["IMP", "EIMP"])))
+    listed = list_set(scene, [make_pair(0, 1), make_pair(0, 2)], depth_dir=scene / "depths")
+    write_hdf5(tmp_path / "pairs.hdf5", listed)
+    for pair_set in (listed, Hdf5PairSet(tmp_path / "pairs.hdf5", scene / "images")):
+        assert warn_of_training_scenes(pair_set, methods) == {str(weights): ["sub"]}
+        error = capsys.readouterr().err
+        assert f"{weights} was trained on sub, which" in error and "silent" not in error
+    assert warn_of_training_scenes(list_set(scene, [make_pair(0, 2)]), methods) == {}
+    assert capsys.readouterr().err == ""
+    megadepth = list_set(scene, [Pair("Undistorted_SfM/0015/images/a.jpg", "Undistorted_SfM/0022/images/b.jpg")])
+    assert warn_of_training_scenes(megadepth, methods) == {}
+    assert capsys.readouterr().err.startswith(f"note: {tmp_path / 'silent.pth'} does not say")
+
+
+def test_the_warning_stays_with_the_results(scene, weights, tmp_path, capsys):
+    command = evaluate_command(scene, tmp_path, "--weights", weights, "--max_keypoints", 60, "--n_layers", 1,
+                               "--pictures", 0, methods=["IMP"])
+    assert run(eval_imp.main, command) == 0
+    assert "warning" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["trained_on_tested_scenes"] == {str(weights): ["sub"]}
 
 
 # matchers
@@ -398,6 +508,8 @@ def test_networks_are_evaluated_with_the_weights_named(scene, tmp_path, method, 
     fewer = MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), n_layers=2))(data)
     first_two, _ = net.match_all_iterations(data, threshold=0.0, n_layers=2)
     np.testing.assert_array_equal(fewer["matches0"], first_two[-1, 0])
+    assert MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"))).n_iterations == 5
+    np.testing.assert_array_equal(matcher.with_iterations(2)(data)["matches0"], first_two[-1, 0])
     with pytest.raises(InputError, match="n_layers 6"):
         MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), n_layers=6))
     with pytest.raises(InputError, match="128"):
@@ -414,17 +526,19 @@ def test_dual_softmax_reaches_the_network(tmp_path):
 def test_a_matcher_of_ones_own_is_ten_lines(scene, tmp_path, monkeypatch):
     """The example in eval.matchers, run as it stands there."""
     from eval import matchers
-    example = matchers.__doc__.split("    import sys\n", 1)[1]
-    example = "\n".join(line.removeprefix("    ") for line in ("    import sys\n" + example).splitlines())
+    first = "    from eval import eval_imp, matchers\n"
+    example = first + matchers.__doc__.split(first, 1)[1]
+    example = "\n".join(line.removeprefix("    ") for line in example.splitlines())
+    assert len([line for line in example.splitlines() if line]) <= 11
     monkeypatch.setattr(matchers, "MATCHERS", dict(MATCHERS))
     monkeypatch.setattr(eval_imp, "MATCHERS", matchers.MATCHERS)
     command = []
     monkeypatch.setattr(eval_imp, "main", lambda argv: command.extend(argv))
-    with pytest.raises(SystemExit):
-        exec(example, {})
+    exec(example, {"__name__": "__main__"})
     assert command[:3] == ["--matching_method", "NN_ratio", "mine"]
-    results, _ = evaluate(list_set(scene, [make_pair(0, 1)]), {"mine": matchers.MATCHERS["mine"](None)}, 1.0)
-    assert len(results["mine"][0].matches) == 400
+    mine = Method(matchers.MATCHERS["mine"](None))
+    results, _ = evaluate(list_set(scene, [make_pair(0, 1)]), {"mine": mine}, [MAGSAC])
+    assert results[MAGSAC]["mine"][0].n_matches == 400
 
 
 # what is reported of a pair
@@ -437,7 +551,7 @@ def test_a_view_without_keypoints_counts_as_a_failure(scene):
     for method in ("NN", "NN_ratio"):
         outcome = match_one_shot(MATCHERS[method](MatcherSettings()), to_data(pair), lambda matches: None)
         result = score_pair(pair, outcome, true_correspondences(pair), 0.0)
-        assert result.error == np.inf and result.precision == 0 and result.n_true == 0 and len(result.matches) == 0
+        assert result.error == np.inf and result.precision == 0 and result.n_true == 0 and result.n_matches == 0
 
 
 def test_matches_are_judged_by_depth_only_where_both_ends_have_it(scene):
@@ -453,15 +567,35 @@ def test_matches_are_judged_by_depth_only_where_both_ends_have_it(scene):
                       {"matching": 0.0, "pose": 0.0})
     result = score_pair(pair, outcome, true0, 0.0)
     assert (result.n_used, result.n_correct, result.n_true) == (3, 2, len(right))
-    assert result.scores.tolist() == [0.9, 0.8, 0.1, 0.7] and result.correct.tolist() == [True, True, True, False]
+    assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.1, 0.7])
+    assert result.correct.tolist() == [True, True, True, False]
     # epipolar precision knows no depth: of the four used, the three right ones at least
     assert result.precision in (0.75, 1.0) and result.matching_score == 4 * result.precision / 400
 
 
-def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None):
-    return PairResult(0, ("a", "b"), 100, 100, np.zeros((n_matches, 2), int), np.zeros(n_matches),
-                      np.ones(n_matches, bool), {"features": 0.004, "matching": 0.002, "pose": 0.001}, error, 0.0, None,
-                      0.5, 0.25, np.array(scores), np.array(correct, bool), n_true, n_used, n_correct)
+def test_every_iteration_is_judged_by_its_own_pose(scene):
+    pair = list_set(scene, [make_pair(0, 1)])[0]
+    R, t = pair.T_0to1[:3, :3], pair.T_0to1[:3, 3]
+    matches = np.stack([np.arange(30)] * 2, axis=1)
+    right, wrong = (R, t, np.arange(30) < 20), (R, t[::-1], np.arange(30) < 3)
+    steps = [IterationStep(iteration, np.arange(kept0), np.arange(kept1), matches[:n], np.ones(n),
+                           None if pose is None else (*pose[:2], pose[2][:n]))
+             for iteration, kept0, kept1, n, pose in ((3, 400, 390, 30, wrong), (5, 300, 280, 24, None),
+                                                      (7, 200, 180, 27, right))]
+    outcome = Outcome(matches, np.ones(30), np.ones(30, bool), None, {"matching": 0.0, "pose": 0.0}, 8, False, steps)
+    first, second, third = score_pair(pair, outcome, None, 0.0).steps
+    assert [step.iterations for step in (first, second, third)] == [4, 6, 8]
+    assert (first.kept0, first.kept1, first.n_matches, first.n_inliers) == (400, 390, 30, 3)
+    assert (second.n_matches, second.n_inliers, second.error) == (24, 0, np.inf)
+    assert third.n_inliers == 20 and third.error < 1e-6 and 5 < first.error < 90
+    assert first.precision == pytest.approx(
+        np.mean(epipolar_errors(pair, matches) < PRECISION_THRESHOLD)) != second.precision
+
+
+def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None, **more):
+    seconds = {"features": 0.004, "matching": 0.002, "pose": 0.001}
+    return PairResult(0, ("a", "b"), 100, 100, n_matches, n_matches, seconds, error, 0.0, 0.5, 0.25,
+                      np.array(scores, np.float32), np.array(correct, bool), n_true, n_used, n_correct, **more)
 
 
 def test_summary_compares_at_the_recall_of_the_first_method():
@@ -476,4 +610,27 @@ def test_summary_compares_at_the_recall_of_the_first_method():
     # 2 of 8 are found at score 0.8: two right, one wrong
     assert other["against_depth"]["precision_at_baseline_recall"] == pytest.approx(2 / 3)
     table = format_table(summary).splitlines()
-    assert "prec*@25.0" in table[0] and len(table) == 4 and "66.7" in table[2]
+    assert "prec*@25.0" in table[0] and len(table) == 5 and "66.7" in table[2]
+
+
+def test_iterations_are_summed_up_as_if_the_loop_ended_there():
+    def step(iterations, kept, error, precision):
+        return StepResult(iterations, kept, kept - 2, 30, 20, error, 0.0, precision)
+
+    stopped = row(1.0, 10, n_iterations=6, stopped_early=True, steps=[step(4, 100, 4.0, 0.1), step(6, 60, 3.0, 0.2)])
+    ran = row(2.0, 10, n_iterations=8, stopped_early=False,
+              steps=[step(4, 100, np.inf, 0.3), step(6, 80, 9.0, 0.4), step(8, 40, 7.0, 0.7)])
+    empty = row(np.inf, 0, n_iterations=0, stopped_early=False)
+    rows = summarize_iterations([stopped, ran, empty, empty], seed=0)
+    assert [numbers["iterations"] for numbers in rows] == [4, 6, 8]
+    assert [numbers["running"] for numbers in rows] == [0.5, 0.5, 0.25]
+    assert [numbers["stopped"] for numbers in rows] == [0, 0.25, 0]
+    assert [numbers["keypoints_kept"] for numbers in rows] == [99, 69, 39]
+    # the results themselves count where a pair ends and after it, the poses on the way before that
+    assert [numbers["precision"] for numbers in rows] == pytest.approx([0.35, 0.475, 0.5])
+    assert rows[0]["auc"]["5"] == pytest.approx((4 * 0.125 + 1 * 0.25) / 5)
+    assert rows[2]["auc"]["5"] == pytest.approx((0.125 + 0.375 + 3 * 0.5) / 5)
+
+    numbers = summarize({"loop": [stopped, ran, empty, empty]}, seed=0)["loop"]
+    assert numbers["iterations"] == 3.5 and numbers["stopped_early"] == 0.25 and numbers["keypoints_kept"] == 49
+    assert numbers["by_iteration"] == rows

@@ -5,6 +5,7 @@ and what else is needed to go on.
 """
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from tools.files import atomic_path
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 SUPERPOINT = "superpoint_v1.pth"
+DEMO = Path("runs/demo/imp/latest.pth")  # what `make demo` trains
 
 
 def save_checkpoint(path, content: dict) -> None:
@@ -131,9 +133,10 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
 
 
 def default_weights(method: str, feature_type: str, dataset: str | None = None) -> Path:
-    """The file of SPEC 13 for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM); InputError says what to put where.
+    """The weights to take for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM): published ones (SPEC 13), or else our own.
 
     dataset: yfcc or scannet; None, or another, where the published files are for one of these: there is no default.
+    Our own, `{method}_{feature}_open.pth`, are taken with a line that says so. InputError says what to put where.
     """
     name = f"{method.lower()}_{feature_type}"
     if method.lower().endswith("_geo") and feature_type == "spp":
@@ -141,8 +144,14 @@ def default_weights(method: str, feature_type: str, dataset: str | None = None) 
             raise InputError(f"there are two files of weights for {method} with spp: name weights/{name}_yfcc.pth "
                              f"(outdoor) or weights/{name}_scannet.pth (indoor) with --weights")
         name += f"_{dataset}"
-    path = WEIGHTS / f"{name}.pth"
-    if not path.is_file():
-        raise InputError(f"no weights for {method} with {feature_type} ({DESCRIPTOR_DIM[feature_type]} channels): "
-                         f"put the published file at weights/{path.name}, or name one with --weights")
-    return path
+    published, own = WEIGHTS / f"{name}.pth", WEIGHTS / f"{name}_open.pth"
+    if published.is_file():
+        return published
+    if own.is_file():
+        print(f"no published weights at weights/{published.name}: taking our own, weights/{own.name}", file=sys.stderr)
+        return own
+    demo = ""
+    if feature_type == "sift" and method != "GM":
+        demo = f"; the demo's are at {DEMO}" if DEMO.is_file() else "; `make demo` trains small ones"
+    raise InputError(f"no weights for {method} with {feature_type} ({DESCRIPTOR_DIM[feature_type]} channels): "
+                     f"put the published file at weights/{published.name}, or name one with --weights{demo}")

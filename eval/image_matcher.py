@@ -1,0 +1,336 @@
+"""Two images of one's own -> matches and relative pose, with a model that is loaded once."""
+import itertools
+import json
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+import torch
+
+from eval.iterative import IterationStep
+from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
+from eval.methods import Method, to_data
+from eval.metrics import epipolar_error, pose_error
+from eval.pair_sets import EvalPair
+from eval.pose import estimate_pose
+from tools import checkpoint
+from tools.cli import InputError
+from tools.exif import read_exif
+from tools.features import DESCRIPTOR_DIM, Features, build_extractor
+from tools.files import atomic_path, read_image
+from tools.geometry import (
+    essential_matrix,
+    make_pose,
+    relative_pose,
+    resize_K,
+    resize_keypoints,
+    to_camera_coordinates,
+    turn_K,
+    turn_keypoints,
+    turn_pose,
+)
+from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
+
+VERSION = 1  # of the npz and of what is in it
+DOUBTFUL_INLIERS = 15  # of the demo's 100 pairs 13 had fewer; 12 of their poses were more than 5 degrees off
+GIF_SECONDS, GIF_SECONDS_LAST = 1.2, 3.0
+
+
+@dataclass
+class View:
+    """An image ready to be matched.
+
+    image_size (w, h) and keypoints (N, 2) float32 are for the image as stored; features are those of the image as it
+    is matched: made smaller to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image in
+    gray, small enough to draw. focal: pixels of the image as stored, guessed from EXIF, or None.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    matched_size: tuple[int, int]
+    turns: int
+    keypoints: np.ndarray
+    features: Features
+    picture: np.ndarray
+    focal: float | None
+
+    def matched_K(self, K: np.ndarray) -> np.ndarray:
+        """K (3, 3) of the image as stored -> of the image as it is matched."""
+        scale = np.divide(self.matched_size, self.image_size)
+        return turn_K(resize_K(K, *scale), self.matched_size, self.turns)
+
+    def picture_keypoints(self) -> np.ndarray:
+        """The keypoints in pixels of `picture` (N, 2)."""
+        scale = np.divide(self.picture.shape[::-1], self.features.image_size)
+        return resize_keypoints(self.features.keypoints, *scale)
+
+
+@dataclass
+class ImageMatches:
+    """What is known of a pair after matching; all for the images as stored, at full size.
+
+    matches (M, 2) int64: indices into keypoints0 and keypoints1; matching_scores (M,). K0, K1 (3, 3) or None;
+    K_source0/1: "given", "EXIF" or "unknown". R (3, 3), t (3,) of unit length: x1 = R x0 + t, or None; inliers (M,)
+    bool, all False without a pose. T_0to1 (4, 4): the true pose, where it was given. n_iterations: that a network ran,
+    of n_layers that it has. stopped_early, steps: of iterative matching (eval.iterative), with poses for the images as
+    stored; the matches are then the inliers alone if it stopped early.
+    """
+
+    view0: View
+    view1: View
+    matches: np.ndarray
+    matching_scores: np.ndarray
+    K0: np.ndarray | None
+    K1: np.ndarray | None
+    K_source0: str
+    K_source1: str
+    R: np.ndarray | None
+    t: np.ndarray | None
+    inliers: np.ndarray
+    T_0to1: np.ndarray | None = None
+    n_iterations: int | None = None
+    n_layers: int | None = None
+    stopped_early: bool = False
+    steps: list[IterationStep] = field(default_factory=list)
+
+    @property
+    def keypoints0(self) -> np.ndarray:
+        """(N0, 2) float32."""
+        return self.view0.keypoints
+
+    @property
+    def keypoints1(self) -> np.ndarray:
+        """(N1, 2) float32."""
+        return self.view1.keypoints
+
+    def draw(self) -> np.ndarray:
+        """Picture of the matches, BGR (H, W, 3): by epipolar error where the true pose is known, else score."""
+        title = [f"{self.view0.name}   {self.view1.name}", describe_pose(self)]
+        errors = None
+        if self.T_0to1 is not None and self.K0 is not None:
+            x0 = to_camera_coordinates(self.keypoints0[self.matches[:, 0]], self.K0)
+            x1 = to_camera_coordinates(self.keypoints1[self.matches[:, 1]], self.K1)
+            errors = epipolar_error(x0, x1, essential_matrix(self.T_0to1))
+        return draw_matches(self.view0.picture, self.view1.picture,
+                            self.view0.picture_keypoints()[self.matches[:, 0]],
+                            self.view1.picture_keypoints()[self.matches[:, 1]], title, errors, self.matching_scores)
+
+    def stages(self) -> list[Stage]:
+        """The input, the iterations and the result, for tools.visualize; InputError if matching was not iterative."""
+        if not self.steps:
+            raise InputError(f"no iterations to draw of {self.view0.name} {self.view1.name}: they take a network, both "
+                             "K, and keypoints in both images")
+        stages = [Stage("two images", np.arange(len(self.keypoints0)), np.arange(len(self.keypoints1)))]
+        before = None
+        for step in self.steps[:-1]:
+            inliers = np.zeros(len(step.matches), bool) if step.pose is None else step.pose[2]
+            stages.append(Stage(f"iteration {step.iteration + 1}", step.kept0, step.kept1, step.matches, inliers,
+                                self._errors(step.pose, before)))
+            before = step.pose
+        pose = None if self.R is None else (self.R, self.t)
+        title = f"iteration {self.n_iterations} of {self.n_layers}: result"
+        last = self.steps[-1]
+        return [*stages, Stage(title, last.kept0, last.kept1, self.matches, self.inliers, self._errors(pose, before))]
+
+    def _errors(self, pose, before) -> tuple[float, float] | None:
+        """Rotation and translation error of a pose; where the truth is not known, its change from the one before."""
+        reference = self.T_0to1
+        if reference is None and before is not None:
+            reference = make_pose(*before[:2])
+        if pose is None:
+            return np.inf, np.inf
+        if reference is None:
+            return None
+        error_t, error_R = pose_error(reference, *pose[:2])
+        return error_R, error_t
+
+    def draw_iterations(self, max_stages: int | None = None) -> np.ndarray:
+        """The strip of iterations (tools.visualize.draw_iterations), BGR; of max_stages, evenly chosen, at most."""
+        stages = self.stages()
+        if max_stages is not None and max_stages < len(stages):
+            stages = [stages[i] for i in np.linspace(0, len(stages) - 1, max_stages).round().astype(int)]
+        return draw_iterations(*self._pictures(), stages, self._error_name())
+
+    def write_iterations_gif(self, path) -> None:
+        """The iterations as an animated GIF, atomically."""
+        frames = iteration_frames(*self._pictures(), self.stages(), self._error_name())
+        write_gif(path, frames, [GIF_SECONDS] * (len(frames) - 1) + [GIF_SECONDS_LAST])
+
+    def _pictures(self) -> tuple:
+        return self.view0.picture, self.view1.picture, self.view0.picture_keypoints(), self.view1.picture_keypoints()
+
+    def _error_name(self) -> str:
+        return "change" if self.T_0to1 is None else "error"
+
+    def save(self, path, settings: dict | None = None) -> None:
+        """Write the npz that eval.match_images describes, atomically; settings: what made it."""
+        unknown = np.full((3, 3), np.nan)
+        arrays = {"version": VERSION, "matches": self.matches, "matching_scores": self.matching_scores,
+                  "inliers": self.inliers, "R": unknown if self.R is None else self.R,
+                  "t": unknown[0] if self.t is None else self.t, "settings": json.dumps(settings or {})}
+        for v, view, K, source in (("0", self.view0, self.K0, self.K_source0),
+                                   ("1", self.view1, self.K1, self.K_source1)):
+            arrays |= {f"image{v}": view.name, f"image_size{v}": np.array(view.image_size), f"turns{v}": view.turns,
+                       f"keypoints{v}": view.keypoints, f"scores{v}": view.features.scores,
+                       f"K{v}": unknown if K is None else K, f"K_source{v}": source}
+        with atomic_path(path) as temporary:
+            np.savez_compressed(temporary, **arrays)
+
+
+def describe_pose(found: ImageMatches) -> str:
+    """One line on the pose of a pair, and its errors where the truth is known."""
+    if found.R is None:
+        return "no pose found" if found.K0 is not None and found.K1 is not None else "no pose: K is not known"
+    angle = np.degrees(np.linalg.norm(cv2.Rodrigues(found.R)[0]))
+    direction = ", ".join(f"{value:.2f}" for value in found.t)
+    n_inliers = int(np.sum(found.inliers))
+    line = f"{n_inliers} inliers; rotation {angle:.1f} degrees, translation ({direction})"
+    if found.T_0to1 is not None:
+        error_t, error_R = pose_error(found.T_0to1, found.R, found.t)
+        line += f"; {error_R:.1f} and {error_t:.1f} degrees off"
+    elif n_inliers < DOUBTFUL_INLIERS:
+        line += "; doubtful, with so few inliers"
+    return line
+
+
+def choose_model(matching_method: str | None, feature_type: str | None, weights) -> tuple[str, str, str | None]:
+    """The method, the features and the weights that stand for what was left open (None): the best on hand.
+
+    IMP before EIMP; SuperPoint, where its weights and a matcher's for it are there, before SIFT. With weights of the
+    user's, they say which features they are for. InputError if there are none on hand.
+    """
+    if matching_method is not None and matching_method not in NETWORKS:
+        return matching_method, feature_type or "sift", None
+    if weights is not None:
+        content = checkpoint.load_checkpoint(weights)
+        described = checkpoint.describe_weights(content["model"])
+        dims = {dim: name for name, dim in DESCRIPTOR_DIM.items()}
+        feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
+        if matching_method is None:
+            trained = content.get("config")
+            trained = trained.get("network") if isinstance(trained, dict) else None
+            names = {"gm": "GM", "eimp": "EIMP", "adagmn": "EIMP"}
+            matching_method = names.get(trained) or names.get(described.get("network"), "IMP")
+        return matching_method, feature_type, str(weights)
+    features = ["spp", "sift"] if (checkpoint.WEIGHTS / checkpoint.SUPERPOINT).is_file() else ["sift"]
+    features = features if feature_type is None else [feature_type]
+    methods = ["IMP", "EIMP"] if matching_method is None else [matching_method]
+    reasons = []
+    for feature, method in itertools.product(features, methods):
+        try:
+            return method, feature, str(checkpoint.default_weights(method, feature))
+        except InputError as error:
+            reasons.append(str(error))
+    raise InputError(f"{reasons[-len(methods)]}; --matching_method NN_ratio needs none")
+
+
+class ImageMatcher:
+    """Matches images with one method, loaded once.
+
+    matching_method, feature_type, weights: None is the best on hand (`choose_model`). resize: longer side at which
+    images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
+    eval.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
+    the way, and all matches of the last iteration returned, rather than iterative matching. device: None is a GPU if
+    there is one.
+    """
+
+    def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
+                 resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
+                 one_shot: bool = False, seed: int = 0, device: str | None = None):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        method, feature_type, weights = choose_model(matching_method, feature_type, weights)
+        extractor = {"max_keypoints": max_keypoints}
+        if feature_type == "sift":
+            extractor |= {"contrast_threshold": 1e-5, "unique_locations": True}
+        self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
+        self.extractor = build_extractor(feature_type, **extractor)
+        self.resize, self.estimator, self.threshold = resize, estimator, threshold
+        self.one_shot, self.seed, self.device = one_shot, seed, device
+        self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
+                         "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
+                         "threshold": threshold, "one_shot": one_shot, "seed": seed}
+
+    def load(self, image, turns: int | None = None, name: str | None = None) -> View:
+        """Read an image and extract its features.
+
+        image: a path, or an array (H, W) or (H, W, 3) BGR uint8. turns: np.rot90 turns that make it upright; None: as
+        the EXIF data of the file say. name: what to call it, if not by its path. InputError if it cannot be read.
+        """
+        focal = None
+        if isinstance(image, np.ndarray):
+            gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
+            name, turns = name or "array", turns or 0
+        else:
+            gray, exif, name = read_image(image), read_exif(image), name or str(image)
+            turns, focal = exif.turns if turns is None else turns, exif.focal
+        image_size = gray.shape[1], gray.shape[0]
+        gray = _shrink(gray, self.resize)
+        matched_size = gray.shape[1], gray.shape[0]
+        upright = np.ascontiguousarray(np.rot90(gray, turns))
+        features = self.extractor(upright)
+        keypoints = turn_keypoints(features.keypoints, features.image_size, -turns)
+        keypoints = resize_keypoints(keypoints, *np.divide(image_size, matched_size)).astype(np.float32)
+        return View(name, image_size, matched_size, turns, keypoints, features, _shrink(upright, VIEW_SIDE), focal)
+
+    def match(self, view0: View, view1: View, K0=None, K1=None, T_0to1=None) -> ImageMatches:
+        """Match two views.
+
+        K0, K1 (3, 3): of the images as stored; None: guessed from EXIF. T_0to1 (4, 4): the true pose, for pictures.
+        """
+        K0, K_source0 = _camera(view0, K0)
+        K1, K_source1 = _camera(view1, K1)
+        has_cameras = K0 is not None and K1 is not None
+        matched_K0, matched_K1 = (view0.matched_K(K0), view1.matched_K(K1)) if has_cameras else (None, None)
+
+        def estimate(matches):
+            if not has_cameras:
+                return None
+            return estimate_pose(view0.features.keypoints[matches[:, 0]], view1.features.keypoints[matches[:, 1]],
+                                 matched_K0, matched_K1, self.threshold, self.estimator, self.seed)
+
+        pair = EvalPair(0, (view0.name, view1.name), (view0.name, view1.name), view0.features, view1.features)
+        is_network = isinstance(self.matcher, Network)
+        method = Method(self.matcher, iterative=is_network and has_cameras and not self.one_shot)
+        (out,) = method.run(to_data(pair, self.device), [estimate])
+        matches, scores = out.all_matches[out.used], out.all_scores[out.used]
+        R, t, inliers = _as_stored(out.pose, view0, view1) or (None, None, np.zeros(len(matches), bool))
+        steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in out.steps]
+        return ImageMatches(view0, view1, matches, scores, K0, K1, K_source0, K_source1, R, t, inliers, T_0to1,
+                            out.n_iterations, self.matcher.network.n_layers if is_network else None,
+                            bool(out.stopped_early), steps)
+
+    def __call__(self, image0, image1, K0=None, K1=None) -> ImageMatches:
+        """Match two images: paths or arrays, see `load` and `match`."""
+        return self.match(self.load(image0), self.load(image1), K0, K1)
+
+
+def _shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """An image (H, W) made small enough for its longer side to be `side`; as it is if it is no larger."""
+    scale = side / max(image.shape)
+    if scale >= 1:
+        return image
+    size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _camera(view: View, K) -> tuple[np.ndarray | None, str]:
+    """K of an image and where it comes from: as given, or guessed from EXIF, or None."""
+    if K is not None:
+        return np.asarray(K, np.float64), "given"
+    if view.focal is not None:
+        return focal_K(view.focal, view.image_size), "EXIF"
+    return None, "unknown"
+
+
+def focal_K(focal: float, image_size: tuple[int, int]) -> np.ndarray:
+    """K (3, 3) of a focal length in pixels, with the principal point in the middle of an image (w, h)."""
+    w, h = image_size
+    return np.array([[focal, 0, (w - 1) / 2], [0, focal, (h - 1) / 2], [0, 0, 1.0]])
+
+
+def _as_stored(pose: tuple | None, view0: View, view1: View) -> tuple | None:
+    """A pose R, t, ... of the upright views -> of the images as stored."""
+    if pose is None:
+        return None
+    T_0to1 = relative_pose(turn_pose(np.eye(4), -view0.turns), turn_pose(make_pose(*pose[:2]), -view1.turns))
+    return T_0to1[:3, :3], T_0to1[:3, 3], *pose[2:]

@@ -1,0 +1,314 @@
+"""Match images of one's own: matches, relative pose, a picture and a file of numbers for each pair.
+
+    python3 -m eval.match_images a.jpg b.jpg --focal 3000
+    python3 -m eval.match_images photos/                              # all pairs of the images in a folder
+    python3 -m eval.match_images pairs.txt --image_dir images         # the pairs of a list
+
+A list has one pair a line: two names, or SuperGlue's format with turns, K and pose (tools.pair_list). A pose takes
+both cameras: --K0 and --K1, or --focal, or the K of a list, or else a guess from the focal length in the EXIF data.
+
+Photographs are matched upright, as their EXIF orientation says, and no larger than --resize; all that is given and
+returned (K, keypoints, sizes, pose) is for the images as stored, at full size, which is how OpenCV reads them with
+cv2.IMREAD_IGNORE_ORIENTATION and how Pillow opens them.
+
+For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.load reads without pickle:
+
+    version                          1
+    image0, image1                   names
+    image_size0, image_size1         (2,) w, h
+    turns0, turns1                   np.rot90 turns at which the image was matched
+    keypoints0, keypoints1           (N, 2) float32, pixels, (0, 0) in the centre of the top-left pixel
+    scores0, scores1                 (N,) float32, of the detector, falling
+    matches                          (M, 2) int64, indices into keypoints0 and keypoints1
+    matching_scores                  (M,) float32
+    K0, K1                           (3, 3), nan where unknown
+    K_source0, K_source1             "given", "EXIF" or "unknown"
+    R, t                             (3, 3), (3,): x1 = R x0 + t, t of length 1; nan without a pose
+    inliers                          (M,) bool, of the pose
+    settings                         JSON: what made it
+"""
+import argparse
+import itertools
+import json
+import os
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
+from eval.matchers import MATCHERS, NETWORKS
+from eval.pose import ESTIMATORS
+from tools.cli import InputError, report_skipped, run
+from tools.features import DESCRIPTOR_DIM
+from tools.files import write_image
+from tools.pair_list import Pair, read_pair_list
+from tools.visualize import write_strip
+
+# .heic is what OpenCV cannot read and telephones write: better listed as skipped than left out without a word
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm", ".heic", ".heif"}
+
+
+def match_images(image0, image1, K0=None, K1=None, **settings) -> ImageMatches:
+    """Match two images and estimate their relative pose.
+
+    image0, image1: paths, or arrays (H, W) or (H, W, 3) BGR uint8. K0, K1: (3, 3) for the images as stored, OpenCV's
+    pixel convention, or None: guessed from the files' EXIF data, or no pose. settings: of `ImageMatcher`, which is
+    better kept for more than one pair. InputError if an image cannot be read or there are no weights.
+    """
+    return ImageMatcher(**settings)(image0, image1, K0, K1)
+
+
+def find_images(folder: Path, leave_out: Path) -> list[str]:
+    """Names of the image files in a folder and below, sorted, but for those under `leave_out`."""
+    leave_out = leave_out.resolve()
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+                  if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+                  and leave_out not in path.resolve().parents)
+
+
+def find_pairs(inputs: list[str], image_dir: str | None, save_path: Path) -> tuple[list[Pair], Path]:
+    """What the command line names -> pairs, and the folder that their names are relative to."""
+    first = Path(inputs[0])
+    if image_dir is not None and (len(inputs) > 1 or first.is_dir()):
+        raise InputError("--image_dir goes with a list of pairs")
+    if len(inputs) == 1 and not first.is_dir():
+        if first.suffix.lower() in IMAGE_SUFFIXES:
+            raise InputError(f"one image, {first}, makes no pair: give two, a folder, or a list of pairs")
+        if image_dir is not None and not Path(image_dir).is_dir():
+            raise InputError(f"--image_dir: no such folder: {image_dir}")
+        return read_pair_list(first), Path(image_dir or first.parent)
+    if len(inputs) == 1:
+        folder, names = first, find_images(first, save_path)
+        if len(names) < 2:
+            raise InputError(f"{first} holds {len(names)} images, and a pair takes two")
+    else:
+        wrong = next((name for name in inputs if Path(name).is_dir()), None)
+        if wrong:
+            raise InputError(f"{wrong} is a folder: give two or more images, or one folder, or one list of pairs")
+        paths = [os.path.abspath(name) for name in inputs]
+        folder = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+        names = [os.path.relpath(path, folder) for path in paths]
+    return [Pair(*both) for both in itertools.combinations(names, 2)], folder
+
+
+def output_names(pairs: list[Pair]) -> list[str]:
+    """A file name without suffix for each pair, a/x.jpg and y.jpg giving a-x_y; those that coincide get a number."""
+    names = {}  # in order, and quick to look up
+    for pair in pairs:
+        paths = [Path(image).with_suffix("") for image in (pair.image0, pair.image1)]
+        stem = "_".join("-".join(path.relative_to(path.anchor).parts) for path in paths)
+        candidates = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        names[next(name for name in candidates if name not in names)] = pair
+    return list(names)
+
+
+@dataclass
+class Cameras:
+    """What the command line says of them: K0, K1 (3, 3), or a focal length in pixels for all images, or nothing."""
+
+    K0: np.ndarray | None = None
+    K1: np.ndarray | None = None
+    focal: float | None = None
+
+    def of(self, pair: Pair, view0: View, view1: View) -> tuple:
+        """K0 and K1 of a pair, those of its list before the command line's; None where nothing is given."""
+        if pair.K0 is not None:
+            return pair.K0, pair.K1
+        if self.focal is not None:
+            return focal_K(self.focal, view0.image_size), focal_K(self.focal, view1.image_size)
+        return self.K0, self.K1
+
+
+def write_pair(found: ImageMatches, path: Path, settings: dict, with_iterations: bool) -> list[str]:
+    """Write the files of a pair, `path` with the suffixes .png and .npz and so on; returns their names.
+
+    The npz comes last: its presence says that the pair is complete.
+    """
+    picture, strip, gif, numbers = (f"{path}{end}" for end in (".png", "_iterations.png", "_iterations.gif", ".npz"))
+    write_image(picture, found.draw())
+    files = [picture, numbers]
+    if with_iterations and found.steps:
+        write_strip(strip, found.draw_iterations())
+        found.write_iterations_gif(gif)
+        files[1:1] = [strip, gif]
+    else:  # of an earlier run, they would mislead
+        for stale in (strip, gif):
+            Path(stale).unlink(missing_ok=True)
+    found.save(numbers, settings)
+    return files
+
+
+def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
+    """Whether `write_pair` wrote to `path` with these settings, and after the images and the weights were made."""
+    sources = [*images, *([Path(settings["weights"])] if settings["weights"] else [])]
+    try:
+        made = min(Path(f"{path}{end}").stat().st_mtime for end in (".png", ".npz"))
+        with np.load(f"{path}.npz") as content:
+            return json.loads(str(content["settings"])) == settings and all(
+                source.stat().st_mtime <= made for source in sources)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
+                with_iterations: bool = False) -> tuple[Counter, list[tuple[str, str]]]:
+    """Match pairs and write their files (`write_pair`); those that are complete are left as they are.
+
+    Each image is read once, and kept for as long as pairs of it are to come. Returns counts, and (name, reason) of the
+    images that could not be read.
+    """
+    def settings_of(pair):
+        return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
+
+    jobs = [(pair, save_path / name) for pair, name in zip(pairs, output_names(pairs)) if not is_complete(
+        save_path / name, settings_of(pair), [image_dir / pair.image0, image_dir / pair.image1])]
+    counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
+    uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
+    views, failed = {}, {}
+    for pair, path in tqdm(jobs, "pairs", disable=None):
+        for key in image_keys(pair):
+            if key not in views and key[0] not in failed:
+                try:
+                    views[key] = matcher.load(image_dir / key[0], key[1], key[0])
+                except InputError as error:
+                    failed[key[0]] = str(error)
+        view0, view1 = (views.get(key) for key in image_keys(pair))
+        if view0 is not None and view1 is not None:
+            found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
+            write_pair(found, path, settings_of(pair), with_iterations)
+            counts["matched"] += 1
+            counts["posed"] += found.R is not None
+            counts["without K"] += found.K0 is None or found.K1 is None
+            guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
+                        if source == "EXIF"}
+        for key in image_keys(pair):
+            uses[key] -= 1
+            if not uses[key]:
+                views.pop(key, None)
+    counts["guessed"] = len(guessed)
+    return counts, list(failed.items())
+
+
+def image_keys(pair: Pair) -> list[tuple[str, int | None]]:
+    """Name and turns of both images: the list's turns where it says more than names, else (None) those of EXIF."""
+    is_told = pair.K0 is not None or pair.rot0 or pair.rot1
+    return [(pair.image0, pair.rot0 if is_told else None), (pair.image1, pair.rot1 if is_told else None)]
+
+
+def pair_settings(matcher: ImageMatcher, pair: Pair, image_dir: Path, cameras: Cameras, with_iterations: bool) -> dict:
+    """All that a pair's files depend on, but for the content of files."""
+    given = {f"given_{name}": None if value is None else np.asarray(value).tolist()
+             for name, value in (*vars(cameras).items(), ("list_K0", pair.K0), ("list_K1", pair.K1),
+                                 ("list_T_0to1", pair.T_0to1))}
+    return {**matcher.settings, **given, "turns": [turns for _, turns in image_keys(pair)],
+            "images": [os.path.abspath(image_dir / name) for name in (pair.image0, pair.image1)],
+            "iterations_drawn": with_iterations}
+
+
+def describe(found: ImageMatches) -> str:
+    """What was found on a pair, as a few lines of text."""
+    lines = []
+    for view, K, source in ((found.view0, found.K0, found.K_source0), (found.view1, found.K1, found.K_source1)):
+        focal = ""
+        if source == "EXIF":
+            focal = f", focal length {K[0, 0]:.0f} pixels guessed from EXIF"
+        elif source == "unknown":
+            focal = ", focal length not known: --focal or --K0 gives it"
+        turned = ", turned upright" if view.turns else ""
+        lines.append(f"{view.name}: {len(view.keypoints)} keypoints{turned}{focal}")
+    line = f"{len(found.matches)} matches"
+    if found.n_iterations is not None:
+        line += f" after {found.n_iterations} of {found.n_layers} iterations"
+        line += ": the pose stayed the same" if found.stopped_early else ""
+    return "\n".join([*lines, line, describe_pose(found)])
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
+    parser.add_argument("images", nargs="+", metavar="INPUT",
+                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
+    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
+    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                        help="camera of the first image, for the image as stored; without --K1: of all images")
+    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
+    parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
+    parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
+                        help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
+    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), help="local features (default: likewise)")
+    parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
+    parser.add_argument("--one_shot", action="store_true",
+                        help="all matches of the last iteration, no poses on the way")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
+                        help="of the pose (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=1.0,
+                        help="of the pose's inliers, pixels of the images as matched (default: %(default)s)")
+    parser.add_argument("--max_keypoints", type=int, default=2000, help="of an image (default: %(default)s)")
+    parser.add_argument("--resize", type=int, default=1600, metavar="PIXELS",
+                        help="longer side at which images are matched, at most (default: %(default)s)")
+    parser.add_argument("--draw_iterations", action="store_true",
+                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
+    parser.add_argument("--seed", type=int, default=0, help="of the pose estimator (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--save_path", default="runs/matches", help="folder of the results (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("focal", "threshold", "max_keypoints", "resize"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < np.inf:
+            parser.error(f"--{name} {value}: must be more than 0")
+    for name in ("K0", "K1"):
+        value = getattr(args, name)
+        if value is not None and not (np.isfinite(value).all() and min(value[:2]) > 0):
+            parser.error(f"--{name}: fx and fy must be more than 0, and all four numbers finite")
+    if args.K1 and not args.K0:
+        parser.error("--K1 goes with --K0")
+    if args.K0 and args.focal:
+        parser.error("give --K0 or --focal, not both")
+    if args.draw_iterations and (args.one_shot or args.matching_method not in (None, *NETWORKS)):
+        parser.error("--draw_iterations goes with a network, and not with --one_shot: nothing else has iterations")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    save_path = Path(args.save_path)
+    pairs, image_dir = find_pairs(args.images, args.image_dir, save_path)
+    if args.K1 and len(args.images) != 2:
+        raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
+    K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
+              for K in (args.K0, args.K1 or args.K0))
+    cameras = Cameras(K0, K1, args.focal)
+    matcher = ImageMatcher(args.matching_method, args.feature_type, args.weights, args.resize, args.max_keypoints,
+                           args.estimator, args.threshold, args.one_shot, args.seed, args.device)
+    used = matcher.settings
+    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+
+    if len(pairs) == 1:
+        (pair,) = pairs
+        view0, view1 = (matcher.load(image_dir / name, turns, name) for name, turns in image_keys(pair))
+        found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
+        print(describe(found))
+        if args.draw_iterations and not found.steps:
+            print("no iterations to draw: they take both K, and keypoints in both images", file=sys.stderr)
+        settings = pair_settings(matcher, pair, image_dir, cameras, args.draw_iterations)
+        print(*write_pair(found, save_path / output_names(pairs)[0], settings, args.draw_iterations), sep="\n")
+        return 0
+
+    counts, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
+    if not counts["matched"] and not counts["complete"]:
+        raise InputError(f"none of the {len(pairs)} pairs could be matched; the first reason: {failed[0][1]}")
+    print(f"{counts['matched']} pairs matched, {counts['posed']} of them with a pose"
+          + (f"; {counts['complete']} were there already" if counts["complete"] else "") + f": {save_path}")
+    if counts["guessed"]:
+        print(f"the focal length of {counts['guessed']} images was guessed from EXIF")
+    if counts["without K"]:
+        print(f"{counts['without K']} pairs have no pose because a camera is not known: --focal or --K0 gives it")
+    return report_skipped(failed, "images")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

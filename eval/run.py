@@ -1,0 +1,206 @@
+"""Methods over the pairs of a set: poses in other processes if wished, and gone on with after an interruption."""
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from eval.journal import Journal
+from eval.methods import Method, to_data
+from eval.metrics import pose_auc
+from eval.pair_sets import EvalPair
+from eval.pose import timed_estimate_pose
+from eval.results import PairResult, score_pair, true_correspondences
+from tools.cli import InputError
+
+
+@dataclass(frozen=True)
+class PoseSetting:
+    """A robust estimator (a key of `eval.pose.ESTIMATORS`) and its threshold in pixels."""
+
+    estimator: str = "magsac"
+    threshold: float = 1.0
+
+    def __str__(self):
+        return f"{self.estimator} at {self.threshold:g} px"
+
+
+Results = dict[PoseSetting, dict[str, list[PairResult]]]
+
+
+class _Estimate:
+    """matches (M, 2) of a pair -> R, t, inliers or None; `seconds`: how long all calls took to compute.
+
+    pool: the processes that do it, or None. network: the lock that the caller holds; it is open while others compute.
+    """
+
+    def __init__(self, pair: EvalPair, setting: PoseSetting, seed: int, pool, network):
+        self.pair, self.setting, self.seed, self.pool, self.network = pair, setting, seed, pool, network
+        self.seconds = 0.0
+
+    def __call__(self, matches: np.ndarray) -> tuple | None:
+        pair = self.pair
+        if pair.K0 is None:
+            return None
+        arguments = (pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
+                     self.setting.threshold, self.setting.estimator, self.seed)
+        if self.pool is None:
+            pose, seconds = timed_estimate_pose(*arguments)
+        else:
+            self.network.release()
+            try:
+                pose, seconds = self.pool.submit(timed_estimate_pose, *arguments).result()
+            finally:
+                self.network.acquire()
+        self.seconds += seconds
+        return pose
+
+
+def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSetting], seed: int = 0, device="cpu",
+             pool=None, network=None) -> dict[PoseSetting, dict]:
+    """All methods on one pair with all estimators: {setting: {method: Outcome}}.
+
+    pool: processes that estimate poses, or None. network: a lock held while the methods compute here, so that they
+    share the network with other threads; it is open while a pose is estimated in the pool.
+    """
+    data, outcomes = to_data(pair, device), {setting: {} for setting in settings}
+    network = network or threading.Lock()
+    with network:
+        for name, method in methods.items():
+            estimates = [_Estimate(pair, setting, seed, pool, network) for setting in settings]
+            for setting, estimate, outcome in zip(settings, estimates, method.run(data, estimates)):
+                outcome.seconds["pose"] = estimate.seconds  # without the wait for a process and for the network
+                outcomes[setting][name] = outcome
+    return outcomes
+
+
+def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
+    """Which pairs of a set to take: `limit` of them, spread evenly, or all."""
+    if limit is None or limit >= n_pairs:
+        return np.arange(n_pairs)
+    return np.unique(np.linspace(0, n_pairs - 1, limit).round().astype(int))
+
+
+def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], seed: int = 0, device="cpu",
+             limit: int | None = None, workers: int = 0, journal: Journal | None = None
+             ) -> tuple[Results, list[tuple[str, str]]]:
+    """Run methods {name: Method} on the pairs of a set (eval.pair_sets), with each of the estimators.
+
+    limit: that many pairs, spread evenly over the set. workers: processes that estimate poses while the network runs
+    here; 0: all here, one after the other, which is how times can be compared. Results do not depend on it. journal:
+    pairs that are finished in it are not done again, and those done are added.
+    Returns the results {setting: {method: one per pair}}, and (name, reason) of the pairs that could not be read.
+    """
+    results = {setting: {name: [] for name in methods} for setting in settings}
+    finished, skipped = {} if journal is None else journal.finished, []
+    positions = choose_positions(len(pair_set), limit)
+
+    def add(rows):
+        for row in rows:
+            results[PoseSetting(row["estimator"], row["threshold"])][row["method"]].append(
+                PairResult.from_json(row["result"]))
+
+    def read():
+        for position in positions:
+            if int(position) in finished:
+                yield int(position), None, 0.0
+                continue
+            start = time.perf_counter()
+            try:
+                yield int(position), pair_set[int(position)], time.perf_counter() - start
+            except InputError as error:
+                skipped.append((pair_set.name(int(position)), str(error)))
+
+    def match(item):
+        position, pair, seconds = item
+        if pair is None:
+            return position, None
+        true0 = true_correspondences(pair)
+        outcomes = run_pair(pair, methods, settings, seed, device, pool, network)
+        return position, [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold,
+                           "result": score_pair(pair, outcome, true0, seconds).to_json()}
+                          for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
+
+    n_before = sum(int(position) in finished for position in positions)
+    if n_before:
+        print(f"going on: {n_before} of {len(positions)} pairs were done before", file=sys.stderr)
+    progress = tqdm(total=len(positions), desc="pairs", disable=None)
+    network = threading.Lock()
+    try:
+        with progress, pose_pool(workers) as pool:
+            for position, rows in _in_order(match, read(), workers):
+                if rows is None:
+                    rows = finished[position]
+                elif journal is not None:
+                    journal.add(position, rows)
+                add(rows)
+                *_, (name, of_last) = results[settings[0]].items()
+                progress.update(len(skipped) + len(of_last) - progress.n)
+                if errors := pose_errors(of_last):
+                    progress.set_postfix_str(f"{name} AUC@10 {100 * pose_auc(errors, [10])[0]:.1f}")
+    except KeyboardInterrupt:
+        if journal is not None:
+            n_done = len(finished) + journal.n_added
+            print(f"{n_done} pairs are done: the same command goes on from there", file=sys.stderr)
+        raise
+    return results, skipped
+
+
+def pose_errors(results: list[PairResult]) -> list[float]:
+    """Pose errors of the pairs whose pose is known."""
+    return [result.error for result in results if result.error is not None]
+
+
+def _in_order(function, items, workers: int):
+    """Yield function(item) in order; with workers, one more thread than them computes a bounded number ahead."""
+    if not workers:
+        yield from map(function, items)
+        return
+    threads = ThreadPoolExecutor(workers + 1)
+    waiting = deque(threads.submit(function, item) for item in itertools.islice(items, 2 * workers + 1))
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _exit_with_parent():
+    # a killed parent closes no queue: without this its workers would wait for ever
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _start_worker():
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def pose_pool(workers: int):
+    """A pool of processes, or None for 0 of them; InputError if one of them was killed from outside."""
+    if not workers:
+        yield None
+        return
+    # spawned, not forked: this process may hold threads of OpenCV or a GPU
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise InputError("a process that estimates poses was killed (out of memory?): the same command goes on; give "
+                         "it fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,521 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene
+from PIL import Image
+
+from eval import draw_overview, match_images
+from eval.image_matcher import ImageMatcher, choose_model, describe_pose
+from eval.metrics import epipolar_error, pose_error
+from nets import build_matcher
+from tools import checkpoint
+from tools.cli import InputError, run
+from tools.exif import EXIF_IFD
+from tools.files import read_image, write_image
+from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
+from tools.pair_list import Pair, write_pair_list
+from training.trainer import warm_start
+
+KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
+        "scores0", "scores1", "matches", "matching_scores", "K0", "K1", "K_source0", "K_source1", "R", "t", "inliers",
+        "settings"}
+RATIO = ("--matching_method", "NN_ratio", "--max_keypoints", "400")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small lose more by threads that wait for each other than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """Folder with images/ and pairs.txt, never written to."""
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of six iterations that starts as a nearest-neighbour matcher."""
+    torch.manual_seed(0)
+    network = build_matcher("eimp", descriptor_dim=128, n_layers=6, n_min_tokens=64)
+    warm_start(network)
+    path = tmp_path_factory.mktemp("weights") / "warm.pth"
+    checkpoint.save_checkpoint(path, {"model": network.state_dict(), "config": {"network": "eimp", "n_min_tokens": 64}})
+    return path
+
+
+def command(*words):
+    return run(match_images.main, [str(word) for word in words])
+
+
+def numbers(K):
+    return [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]
+
+
+def cameras(i, j):
+    return ("--K0", *numbers(CAMERAS[i]), "--K1", *numbers(CAMERAS[j]))
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as content:
+        return {key: content[key] for key in content}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pose_of(found):
+    """Rotation and translation error of an npz of views 0 and 1."""
+    error_t, error_R = pose_error(relative_pose(POSES[0], POSES[1]), found["R"], found["t"])
+    return error_R, error_t
+
+
+def matched_errors(found, T_0to1):
+    x0 = to_camera_coordinates(found["keypoints0"][found["matches"][:, 0]], found["K0"])
+    x1 = to_camera_coordinates(found["keypoints1"][found["matches"][:, 1]], found["K1"])
+    return epipolar_error(x0, x1, essential_matrix(T_0to1))
+
+
+def same(found, other, but=("settings", "image0", "image1")):
+    for key in KEYS - set(but):
+        np.testing.assert_array_equal(found[key], other[key], err_msg=key)
+
+
+# two images
+
+def test_two_images_give_a_picture_and_numbers(scene, tmp_path, capsys):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    assert command(*images, *cameras(0, 1), *RATIO, "--save_path", tmp_path) == 0
+    assert names_in(tmp_path) == ["a_sub-b.npz", "a_sub-b.png"]
+    found = load(tmp_path / "a_sub-b.npz")
+    assert set(found) == KEYS and found["version"] == 1
+    assert (str(found["image0"]), str(found["image1"])) == ("a.png", os.path.join("sub", "b.png"))
+    assert found["image_size0"].tolist() == list(SIZES[0]) and found["image_size1"].tolist() == list(SIZES[1])
+    np.testing.assert_allclose(found["K0"], CAMERAS[0])
+    np.testing.assert_allclose(found["K1"], CAMERAS[1])
+    assert found["K_source0"] == found["K_source1"] == "given"
+    n, m = len(found["keypoints0"]), len(found["matches"])
+    assert found["keypoints0"].shape == (n, 2) and found["scores0"].shape == (n,) and 200 < n <= 400
+    assert found["matches"].shape == (m, 2) and found["matches"].dtype == np.int64 and m > 50
+    assert found["matching_scores"].shape == (m,) and found["inliers"].shape == (m,) and found["inliers"].dtype == bool
+    assert np.isclose(np.linalg.norm(found["t"]), 1) and np.allclose(found["R"] @ found["R"].T, np.eye(3))
+    assert max(pose_of(found)) < 1.5
+    # the inliers are the matches that agree with the true pose, within the threshold of 1 pixel
+    errors = matched_errors(found, relative_pose(POSES[0], POSES[1]))
+    assert np.mean(errors[found["inliers"]] < 0.005) > 0.95 and found["inliers"].mean() > 0.7
+    picture = read_image(tmp_path / "a_sub-b.png", color=True)
+    assert picture.shape[0] > 300 and picture.shape[1] == 320 + 8 + 400
+    said = capsys.readouterr().out
+    assert "NN_ratio, sift\n" in said and f"{m} matches\n" in said and f"{found['inliers'].sum()} inliers" in said
+    assert str(tmp_path / "a_sub-b.npz") in said
+
+
+def test_without_a_camera_there_are_matches_but_no_pose(scene, tmp_path, capsys):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    assert command(*images, *RATIO, "--save_path", tmp_path) == 0
+    found = load(tmp_path / "a_sub-b.npz")
+    assert set(found) == KEYS and len(found["matches"]) > 50 and not found["inliers"].any()
+    assert found["K_source0"] == found["K_source1"] == "unknown"
+    for key, shape in (("K0", (3, 3)), ("K1", (3, 3)), ("R", (3, 3)), ("t", (3,))):
+        assert found[key].shape == shape and np.isnan(found[key]).all()
+    said = capsys.readouterr().out
+    assert "focal length not known: --focal or --K0 gives it" in said and "no pose: K is not known" in said
+
+
+def test_one_focal_length_or_camera_goes_for_both(scene, tmp_path):
+    images = [scene / "images" / NAMES[i] for i in (0, 2)]
+    assert command(*images, "--focal", 303, *RATIO, "--save_path", tmp_path / "focal") == 0
+    assert command(*images, "--K0", 303, 303, 159.5, 119.5, *RATIO, "--save_path", tmp_path / "K0") == 0
+    found = load(tmp_path / "focal" / "a_c.npz")
+    same(found, load(tmp_path / "K0" / "a_c.npz"))
+    np.testing.assert_array_equal(found["K1"], [[303, 0, 159.5], [0, 303, 119.5], [0, 0, 1]])
+
+
+def test_an_image_without_keypoints_is_no_problem(scene, tmp_path, weights):
+    write_image(tmp_path / "blank.png", np.full((50, 60), 128, np.uint8))
+    for options in (RATIO, ("--weights", weights)):
+        assert command(tmp_path / "blank.png", scene / "images/a.png", "--focal", 300, *options, "--save_path",
+                       tmp_path / "out") == 0
+        (path,) = (tmp_path / "out").glob("*.npz")
+        found = load(path)
+        assert found["matches"].shape == (0, 2) and found["keypoints0"].shape == (0, 2) and np.isnan(found["R"]).all()
+
+
+def test_keypoints_are_those_of_the_full_image(tmp_path):
+    # blobs far apart, of a size that shrinking by 4 leaves intact: their centres are where keypoints are found
+    image = np.full((600, 800), 90, np.uint8)
+    centers = np.stack(np.meshgrid(np.arange(100, 750, 125), np.arange(100, 550, 125)), axis=-1).reshape(-1, 2)
+    for x, y in centers.tolist():
+        cv2.circle(image, (x, y), 24, 220, cv2.FILLED, cv2.LINE_AA)
+    write_image(tmp_path / "blobs.png", image)
+    for resize in (200, 800, 5000):
+        view = ImageMatcher("NN_ratio", resize=resize).load(tmp_path / "blobs.png")
+        assert view.matched_size == ((200, 150) if resize == 200 else (800, 600))  # nothing is enlarged
+        distances = np.linalg.norm(view.keypoints[None] - centers[:, None], axis=2)
+        offsets = view.keypoints[distances.argmin(axis=1)] - centers
+        # OpenCV's SIFT is a quarter of a pixel off, of the image that it gets; a mistake here would add 3/8 of one
+        pixel = 800 / view.matched_size[0]
+        assert np.abs(offsets.mean(axis=0) / pixel - 0.25).max() < 0.05
+
+
+def test_the_threshold_is_in_pixels_of_the_image_as_matched(scene, tmp_path):
+    for i in (0, 1):
+        image = read_image(scene / "images" / NAMES[i])
+        large = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+        write_image(tmp_path / f"{i}.png", large)
+    K0, K1 = (np.array([[4 * K[0, 0], 0, 4 * K[0, 2] + 1.5], [0, 4 * K[1, 1], 4 * K[1, 2] + 1.5], [0, 0, 1]])
+              for K in CAMERAS[:2])
+    found = ImageMatcher("NN_ratio", resize=400, max_keypoints=400)(tmp_path / "0.png", tmp_path / "1.png", K0, K1)
+    small = ImageMatcher("NN_ratio", max_keypoints=400)(scene / "images" / NAMES[0], scene / "images" / NAMES[1],
+                                                         *CAMERAS[:2])
+    assert found.view0.image_size == (1280, 960) and found.keypoints0[:, 0].max() > 1000
+    assert abs(found.inliers.mean() - small.inliers.mean()) < 0.08
+    error_t, error_R = pose_error(relative_pose(POSES[0], POSES[1]), found.R, found.t)
+    assert max(error_t, error_R) < 1.5
+
+
+def test_a_pose_of_few_inliers_is_called_doubtful(scene):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    found = ImageMatcher("NN_ratio", max_keypoints=400)(*images, *CAMERAS[:2])
+    few = replace(found, inliers=np.arange(len(found.matches)) < 14)
+    assert "doubtful" in describe_pose(few) and "doubtful" not in describe_pose(found)
+
+
+# photographs
+
+def save_turned(path, image, turns, tags=None):
+    """Write an image as a camera does that was held turned: np.rot90(stored, turns) is `image`."""
+    exif = Image.Exif()
+    exif[0x0112] = {0: 1, 1: 8, 2: 3, 3: 6}[turns]
+    exif.get_ifd(EXIF_IFD).update(tags or {})
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.rot90(image, -turns)).save(path, exif=exif, quality=98)
+
+
+@pytest.mark.parametrize("turns0, turns1", [(3, 0), (1, 2)])
+def test_photographs_are_matched_upright_and_reported_as_stored(scene, tmp_path, capsys, turns0, turns1):
+    upright, stored = [], []
+    for i, turns in ((0, turns0), (1, turns1)):
+        image = read_image(scene / "images" / NAMES[i])
+        save_turned(tmp_path / "in" / f"{i}.png", image, turns)
+        upright_size = (image.shape[1], image.shape[0])
+        stored.append((turn_K(CAMERAS[i], upright_size, -turns), turn_pose(POSES[i], -turns)))
+        upright.append(scene / "images" / NAMES[i])
+    (K0, pose0), (K1, pose1) = stored
+    assert command(tmp_path / "in/0.png", tmp_path / "in/1.png", "--K0", *numbers(K0), "--K1", *numbers(K1), *RATIO,
+                   "--save_path", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("turned upright") == 1 + (turns1 != 0)
+    found = load(tmp_path / "out" / "0_1.npz")
+    assert (found["turns0"], found["turns1"]) == (turns0, turns1)
+    assert found["image_size0"].tolist() == list(read_image(tmp_path / "in/0.png").shape[::-1])
+    error_t, error_R = pose_error(relative_pose(pose0, pose1), found["R"], found["t"])
+    assert max(error_t, error_R) < 1.5
+    assert np.mean(matched_errors(found, relative_pose(pose0, pose1))[found["inliers"]] < 0.005) > 0.95
+    # the same matches as of the images turned by hand
+    assert command(*upright, *cameras(0, 1), *RATIO, "--save_path", tmp_path / "upright") == 0
+    np.testing.assert_array_equal(load(tmp_path / "upright" / "a_sub-b.npz")["matches"], found["matches"])
+    pictures = [read_image(tmp_path / name, color=True) for name in ("out/0_1.png", "upright/a_sub-b.png")]
+    np.testing.assert_array_equal(*(picture[60:] for picture in pictures))
+
+
+def test_the_focal_length_is_guessed_and_said(scene, tmp_path, capsys):
+    # 400 pixels on the diagonal of 320x240: 300 of focal length are 32.4 mm
+    for i in (0, 2):
+        save_turned(tmp_path / "in" / f"{i}.jpg", read_image(scene / "images" / NAMES[i]), 0, {0xA405: 32})
+    assert command(tmp_path / "in/0.jpg", tmp_path / "in/2.jpg", *RATIO, "--save_path", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("focal length 296 pixels guessed from EXIF") == 2
+    found = load(tmp_path / "out" / "0_2.npz")
+    assert found["K_source0"] == found["K_source1"] == "EXIF"
+    np.testing.assert_allclose(found["K0"], [[295.8, 0, 159.5], [0, 295.8, 119.5], [0, 0, 1]], atol=0.1)
+    error_t, error_R = pose_error(relative_pose(POSES[0], POSES[2]), found["R"], found["t"])
+    assert max(error_t, error_R) < 5
+    # what is given comes before a guess
+    assert command(tmp_path / "in/0.jpg", tmp_path / "in/2.jpg", *cameras(0, 2), *RATIO, "--save_path",
+                   tmp_path / "given") == 0
+    assert "guessed" not in capsys.readouterr().out
+    assert load(tmp_path / "given" / "0_2.npz")["K_source0"] == "given"
+
+
+# many pairs
+
+@pytest.fixture
+def folder(scene, tmp_path):
+    """A folder of three images in two folders, one that cannot be read, and what is no image."""
+    for name in NAMES:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scene / "images" / name, tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "in" / "notes.txt").write_text("no image either")
+    (tmp_path / "in" / ".hidden.png").write_bytes(b"")
+    return tmp_path / "in"
+
+
+def test_a_folder_gives_all_pairs_and_bad_images_are_listed(scene, folder, tmp_path, capsys, monkeypatch):
+    read = []
+    load_view = ImageMatcher.load
+    monkeypatch.setattr(ImageMatcher, "load", lambda self, image, *rest: read.append(image.name) or
+                        load_view(self, image, *rest))
+    assert command(folder, "--focal", 300, *RATIO, "--save_path", folder / "out") == 1
+    said, errors = capsys.readouterr()
+    assert "3 pairs matched, 3 of them with a pose" in said
+    assert "1 images skipped" in errors and "broken.jpg: not a readable image" in errors
+    assert names_in(folder / "out") == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz",
+                                        "c_sub-b.png"]
+    assert sorted(read) == ["a.png", "b.png", "broken.jpg", "c.png"]  # each once
+    # the pictures made are no images of the folder
+    assert command(folder, "--focal", 300, *RATIO, "--save_path", folder / "out") == 1
+    assert "0 pairs matched" in (said := capsys.readouterr().out) and "; 3 were there already" in said
+    assert command(*(scene / "images" / name for name in NAMES[:2]), "--focal", 300, *RATIO, "--save_path",
+                   tmp_path / "pair") == 0
+    same(load(tmp_path / "pair" / "a_sub-b.npz"), load(folder / "out" / "a_sub-b.npz"))
+
+
+def test_what_is_complete_is_left_as_it_is(folder, tmp_path, capsys):
+    (folder / "broken.jpg").unlink()
+    out = tmp_path / "out"
+
+    def again(*options):
+        capsys.readouterr()
+        assert command(folder, *options, *RATIO, "--save_path", out) == 0
+        return capsys.readouterr().out
+
+    again()
+    assert "0 pairs matched" in again() and "3 were there already" in again()
+    assert "3 pairs matched" in again("--focal", 300)
+    (out / "a_c.npz").unlink()
+    (out / "a_sub-b.npz").write_bytes(b"damaged")
+    (out / "c_sub-b.png").unlink()
+    assert "3 pairs matched" in again("--focal", 300)
+    os.utime(folder / "c.png", (2 ** 31, 2 ** 31))  # changed since
+    assert "2 pairs matched" in again("--focal", 300)
+    other = shutil.copytree(folder, tmp_path / "other")  # other images of the same names
+    assert command(other, "--focal", 300, *RATIO, "--save_path", out) == 0
+    assert "3 pairs matched" in capsys.readouterr().out
+
+
+def test_more_than_two_images_are_paired_too(scene, tmp_path):
+    images = [scene / "images" / name for name in NAMES]
+    assert command(*images, *RATIO, "--save_path", tmp_path) == 0
+    assert names_in(tmp_path) == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", "sub-b_c.npz", "sub-b_c.png"]
+
+
+def test_a_list_of_names(scene, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"# two pairs\n{NAMES[0]} {NAMES[1]}\n\n{NAMES[2]} none.png\n{NAMES[2]} a.png\n")
+    assert command(tmp_path / "list.txt", "--image_dir", scene / "images", "--focal", 300, *RATIO, "--save_path",
+                   tmp_path / "out") == 1
+    said, errors = capsys.readouterr()
+    assert "2 pairs matched" in said and "none.png: image not found" in errors
+    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_a.npz", "c_a.png"]
+
+
+def test_a_list_with_ground_truth_brings_its_cameras_and_errors(scene, tmp_path, capsys):
+    pair = make_pair(0, 1)
+    write_pair_list(scene / "one.txt", [pair])
+    assert command(scene / "one.txt", "--image_dir", scene / "images", *RATIO, "--save_path", tmp_path) == 0
+    said = capsys.readouterr().out
+    found = load(tmp_path / "a_sub-b.npz")
+    np.testing.assert_allclose(found["K1"], CAMERAS[1])
+    error_R, error_t = pose_of(found)
+    assert f"{error_R:.1f} and {error_t:.1f} degrees off" in said
+
+
+def test_turns_of_a_list_come_before_exif(scene, tmp_path):
+    image = read_image(scene / "images" / NAMES[0])
+    for name, orientation_turns in (("0.png", 1), ("1.png", 0)):
+        save_turned(tmp_path / "in" / name, image, orientation_turns)
+    K = CAMERAS[0]
+    write_pair_list(tmp_path / "in" / "list.txt", [Pair("0.png", "1.png"), Pair("1.png", "0.png", 2, 1),
+                                                   Pair("0.png", "0.png", 0, 0, K, K)])
+    assert command(tmp_path / "in/list.txt", *RATIO, "--save_path", tmp_path / "out") == 0
+    turns = [(int(found["turns0"]), int(found["turns1"]))
+             for found in (load(tmp_path / "out" / f"{name}.npz") for name in ("0_1", "1_0", "0_0"))]
+    assert turns == [(1, 0), (2, 1), (0, 0)]
+
+
+def test_every_pair_has_a_file_of_its_own():
+    pairs = [Pair("a.png", "b.png"), Pair("a.jpg", "b.jpg"), Pair("a.png", "b_2.png"), Pair("/x/a.jpg", "../b.jpg"),
+             Pair("a_b.png", "2.png")]
+    names = match_images.output_names(pairs)
+    assert len(set(names)) == 5 and names[:2] == ["a_b", "a_b_2"]
+    assert not any("/" in name for name in names)
+
+
+# networks
+
+def test_a_network_matches_in_turns_and_draws_them(scene, tmp_path, weights, capsys):
+    options = ("--image_dir", scene / "images", "--max_keypoints", 400, "--weights", weights, "--draw_iterations")
+    write_pair_list(tmp_path / "list.txt", [make_pair(0, 1)])
+    for folder in ("one", "two"):
+        assert command(tmp_path / "list.txt", *options, "--save_path", tmp_path / folder) == 0
+    said = capsys.readouterr().out
+    assert f"EIMP, sift, {weights}" in said and "of 6 iterations" in said
+    assert names_in(tmp_path / "one") == ["a_sub-b.npz", "a_sub-b.png", "a_sub-b_iterations.gif",
+                                          "a_sub-b_iterations.png"]
+    for name in names_in(tmp_path / "one"):  # bit for bit
+        if not name.endswith(".npz"):  # which holds the time of writing
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    found = load(tmp_path / "one" / "a_sub-b.npz")
+    same(found, load(tmp_path / "two" / "a_sub-b.npz"), but=())
+    assert max(pose_of(found)) < 1.5
+
+    result = ImageMatcher(weights=weights, max_keypoints=400)(scene / "images" / NAMES[0], scene / "images" / NAMES[1],
+                                                              *CAMERAS[:2])
+    np.testing.assert_array_equal(result.matches, found["matches"])
+    first, second, *_, last = result.stages()
+    assert (first.title, second.title) == ("two images", "iteration 4")
+    assert last.title == f"iteration {result.n_iterations} of 6: result"
+    assert len(first.kept0) == len(result.keypoints0) > len(last.kept0) > 64
+    np.testing.assert_array_equal(last.kept0, result.steps[-1].kept0)
+    np.testing.assert_array_equal(last.matches, found["matches"])
+    with Image.open(tmp_path / "one" / "a_sub-b_iterations.gif") as gif:
+        assert gif.n_frames == len(result.stages()) == 1 + len(result.steps)
+    # nothing is left of the pictures when they are not drawn again
+    assert command(tmp_path / "list.txt", *options[:-1], "--save_path", tmp_path / "one") == 0
+    assert names_in(tmp_path / "one") == ["a_sub-b.npz", "a_sub-b.png"]
+
+
+def test_one_shot_keeps_all_matches(scene, weights):
+    images = scene / "images" / NAMES[0], scene / "images" / NAMES[1]
+    found, one_shot = (ImageMatcher(weights=weights, max_keypoints=400, one_shot=flag)(*images, *CAMERAS[:2])
+                       for flag in (False, True))
+    assert found.stopped_early and found.inliers.all() and found.steps
+    assert not one_shot.stopped_early and not one_shot.steps and one_shot.n_iterations == 6
+    assert not one_shot.inliers.all() and one_shot.R is not None
+    with pytest.raises(InputError, match="no iterations to draw"):
+        one_shot.draw_iterations()
+
+
+def test_changes_of_pose_are_drawn_where_the_truth_is_not_known(scene, weights):
+    matcher = ImageMatcher(weights=weights, max_keypoints=400)
+    views = [matcher.load(scene / "images" / name) for name in NAMES[:2]]
+    T_0to1 = relative_pose(POSES[0], POSES[1])
+    known, unknown = (matcher.match(*views, *CAMERAS[:2], truth) for truth in (T_0to1, None))
+    stages, changes = known.stages(), unknown.stages()
+    assert len(stages) > 2 and stages[0].errors is None and changes[1].errors is None
+    error_t, error_R = pose_error(T_0to1, *known.steps[0].pose[:2])
+    assert stages[1].errors == (error_R, error_t)
+    R, t, inliers = unknown.steps[0].pose
+    turned = cv2.Rodrigues(np.deg2rad([0.0, 0, 5]))[0] @ R
+    unknown.steps[0] = replace(unknown.steps[0], pose=(turned, t, inliers))
+    assert unknown.stages()[2].errors == pytest.approx((5, 0), abs=0.5)
+    unknown.steps[0] = replace(unknown.steps[0], pose=None)
+    assert unknown.stages()[1].errors == (np.inf, np.inf) and unknown.stages()[2].errors is None
+    assert (known.draw_iterations() != unknown.draw_iterations()).any()
+
+
+def test_the_python_way(scene, weights):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    found = match_images.match_images(*images, *CAMERAS[:2], weights=weights, max_keypoints=400)
+    arrays = match_images.match_images(*(read_image(image, color=True) for image in images), *CAMERAS[:2],
+                                       weights=weights, max_keypoints=400)
+    np.testing.assert_array_equal(found.matches, arrays.matches)
+    np.testing.assert_array_equal(found.R, arrays.R)
+    points0 = found.keypoints0[found.matches[:, 0]]
+    assert points0.shape == (len(found.matches), 2) and found.inliers.sum() > 50
+    assert found.draw().ndim == 3
+
+
+def test_overview(scene, tmp_path, weights):
+    write_pair_list(tmp_path / "pair.txt", [make_pair(0, 1)])
+    words = ["--weights", weights, "--pairs", tmp_path / "pair.txt", "--save_path", tmp_path / "out",
+             "--max_keypoints", 400, "--image_dir"]
+    assert run(draw_overview.main, [str(word) for word in (*words, scene / "images")]) == 0
+    assert names_in(tmp_path / "out") == ["iterations.gif", "overview.png"]
+    assert run(draw_overview.main, [str(word) for word in (*words, tmp_path / "none")]) == 2
+
+
+# which model
+
+def put(folder, name, dim=128, network="imp", **more):
+    torch.manual_seed(0)
+    content = {"model": build_matcher(network, descriptor_dim=dim, n_layers=4).state_dict(), **more}
+    checkpoint.save_checkpoint(folder / name, content)
+    return folder / name
+
+
+def test_the_best_weights_on_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    for name, dim, method, feature in (("eimp_sift.pth", 128, "EIMP", "sift"), ("imp_sift.pth", 128, "IMP", "sift"),
+                                       ("imp_spp.pth", 256, "IMP", "sift"), ("superpoint_v1.pth", 256, "IMP", "spp")):
+        path = put(tmp_path, name, dim)
+        chosen = choose_model(None, None, None)
+        assert chosen == (method, feature, str(tmp_path / f"{method.lower()}_{feature}.pth"))
+        assert path.name == "superpoint_v1.pth" or path.name == "imp_spp.pth" or chosen[2] == str(path)
+    assert choose_model("EIMP", None, None)[1:] == ("sift", str(tmp_path / "eimp_sift.pth"))
+    assert choose_model(None, "sift", None)[2] == str(tmp_path / "imp_sift.pth")
+
+
+def test_weights_say_what_they_are_for(tmp_path):
+    assert choose_model(None, None, put(tmp_path, "a.pth"))[:2] == ("IMP", "sift")
+    assert choose_model(None, None, put(tmp_path, "b.pth", 256))[:2] == ("IMP", "spp")
+    assert choose_model(None, None, put(tmp_path, "c.pth", config={"network": "adagmn"}))[:2] == ("EIMP", "sift")
+    assert choose_model(None, None, put(tmp_path, "d.pth", network="gm"))[:2] == ("GM", "sift")
+    assert choose_model("EIMP", None, put(tmp_path, "a.pth"))[:2] == ("EIMP", "sift")
+
+
+def test_without_weights_the_command_says_so(scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    images = [scene / "images" / name for name in NAMES[:2]]
+    assert command(*images, "--focal", 300) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no weights for IMP with sift") and said.count("\n") == 1
+    assert "make demo" in said and "--weights" in said and "--matching_method NN_ratio" in said
+    assert not list(tmp_path.iterdir())
+    assert command(*images, *RATIO) == 0  # which takes none
+
+
+# mistakes
+
+@pytest.mark.parametrize("words, said", [
+    (["a.png"], "one image, a.png, makes no pair"),
+    (["a.png", "none.png"], "image not found: "),
+    (["none.txt"], "cannot read none.txt"),
+    (["empty"], "empty holds 0 images"),
+    (["a.png", "empty"], "empty is a folder"),
+    (["a.png", "b.png", "--image_dir", "empty"], "--image_dir goes with a list"),
+    (["a.png", "b.png", "c.png", "--K0", "1", "1", "0", "0", "--K1", "1", "1", "0", "0"], "--K1 goes with two images"),
+    (["bad.txt"], "bad.txt, line 3: 3 values; expected `image0 image1`"),
+    (["list.txt", "--image_dir", "none"], "--image_dir: no such folder: none"),
+    (["list.txt"], "none of the 2 pairs could be matched; the first reason: image not found: "),
+    (["a.png", "a.png", "--weights", "none.pth"], "no checkpoint at none.pth"),
+])
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_image(tmp_path / "a.png", np.zeros((40, 40), np.uint8))
+    (tmp_path / "list.txt").write_text("x.png y.png\ny.png z.png\n")
+    (tmp_path / "bad.txt").write_text("a.png b.png\n# a comment\na.png b.png 1\n")
+    options = () if "--weights" in words else RATIO
+    assert command(*words, *options, "--save_path", "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [
+    ["--K1", "1", "1", "0", "0"], ["--K0", "0", "1", "0", "0"], ["--focal", "nan"], ["--focal", "-3"],
+    ["--focal", "3", "--K0", "1", "1", "0", "0"], ["--resize", "0"], ["--draw_iterations", "--one_shot"],
+    ["--draw_iterations", "--matching_method", "NN_ratio"], ["--matching_method", "none"]])
+def test_options_that_do_not_go(options):
+    with pytest.raises(SystemExit) as exit:
+        match_images.main(["a.png", "b.png", *options])
+    assert exit.value.code == 2
+
+
+def test_settings_are_in_the_file(scene, tmp_path):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    assert command(*images, *RATIO, "--estimator", "magsac", "--seed", 3, "--save_path", tmp_path) == 0
+    settings = json.loads(str(load(tmp_path / "a_sub-b.npz")["settings"]))
+    assert settings["estimator"] == "magsac" and settings["seed"] == 3 and settings["matching_method"] == "NN_ratio"
