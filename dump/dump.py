@@ -1,6 +1,7 @@
 """Offline step: raw YFCC or ScanNet evaluation data -> one HDF5 file of features and pairs (SPEC 2, 3, 13).
 
     python3 -m dump.dump --config configs/yfcc_eval_sift.yaml [--raw_data_dir DIR] [--output FILE] [--KEY VALUE ...]
+                         [--workers 8] [--shard 0/4]
 
 The file has one group per quantity, and in each one dataset per pair, named by its number "0" .. "n-1":
 
@@ -17,12 +18,18 @@ The file has one group per quantity, and in each one dataset per pair, named by 
 kpt, desc, size and depth are stored once per image under images/<img_path>/ and hard-linked into the pairs. A pair of
 which an image, its camera or its pose cannot be read is left out, and the numbers close up. File attributes: `format`
 "imp-eval", `version` 1, `dataset`, `feature_type`, `settings` (JSON); the string dataset `skipped` lists, as JSON, what
-was left out.
+was left out, and `counts` says how much was kept.
 
 It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, which the next run goes on with, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.
+
+Shards, one a machine, extract the features of every N-th image. The run without --shard that follows them makes what
+they lack and joins all into the HDF5 file: the same bytes as without shards. Under torchrun the first process does so.
+
+Memory: per worker one image with its depth map; one image's features, and a few KB a pair, while joining.
 """
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -37,13 +44,25 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from dump.workers import available_cores, each_image, extractor, stop_on_sigterm, worker_pool
+from dump.report import peak_memory_mb, print_rates, report_verified, why, write_report
+from dump.shards import parse_shard, under_torchrun, wait_for_all
+from dump.workers import (
+    available_cores,
+    batches_of,
+    each_image,
+    extractor,
+    header_size,
+    stop_on_sigterm,
+    weights_of,
+    worker_pool,
+)
 from tools.cli import InputError, report_skipped, run
 from tools.config import overlay, parse_overrides, read_yaml
 from tools.correspondences import depth_at
+from tools.features import DESCRIPTOR_DIM, Features
 from tools.files import atomic_path, read_depth, read_image, read_lines
 from tools.geometry import essential_matrix, make_pose, relative_pose, resize_keypoints
-from tools.manifest import check_settings, claim
+from tools.manifest import check_settings, claim, locked
 from tools.pair_list import read_pair_list
 from tools.records import read_record, write_record
 from tools.safe_pickle import load_pickle
@@ -85,7 +104,6 @@ class ViewTask:
     view: View
     part_path: Path
     config: dict
-    device: str
 
 
 def load_config(path, arguments: list[str]) -> dict:
@@ -202,45 +220,44 @@ def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, i
     return K, pose
 
 
-def resized(image: np.ndarray, resize: list[int]) -> np.ndarray:
-    """Image (H, W) at the size that `resize` asks for (see DEFAULTS), enlarged if need be."""
-    h, w = image.shape
+def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
+    """Size (w, h) that an image of `image_size` is brought to, enlarged if need be (see DEFAULTS)."""
     if len(resize) == 1:
-        scale = resize[0] / max(w, h)
-        resize = [round(w * scale), round(h * scale)]
-    # linear, also when shrinking: what the published results were made with
-    return cv2.resize(image, resize, interpolation=cv2.INTER_LINEAR) if resize else image
+        scale = resize[0] / max(image_size)
+        return round(image_size[0] * scale), round(image_size[1] * scale)
+    return tuple(resize) or image_size
 
 
 def load_view(task: ViewTask):
-    """(image (H, W) uint8, depth map or None, what is wrong with that or None); a string if the image is unreadable."""
+    """(image at the size of the config (H, W) uint8, (w, h) as stored, depth map or None, what is wrong with that or
+    None); a string if the image is unreadable."""
     try:
         image = read_image(Path(task.raw_data_dir, task.view.image_path))
     except (InputError, cv2.error) as error:
         return str(error)
+    h, w = image.shape
+    size = resized((w, h), task.config["resize"])
+    if size != (w, h):
+        # linear, also when shrinking: what the published results were made with
+        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     path = next((path for path in task.view.depth_paths if Path(task.raw_data_dir, path).is_file()), None)
     if path is None:
-        return image, None, None
+        return image, (w, h), None, None
     try:
         depth = read_depth(Path(task.raw_data_dir, path))
-        if abs(depth.shape[1] / depth.shape[0] / (image.shape[1] / image.shape[0]) - 1) > MAX_ASPECT_DIFFERENCE:
+        if abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
             raise InputError(f"depth map {path} is of another shape than its image")
     except InputError as error:
-        return image, None, str(error)
-    return image, depth, None
+        return image, (w, h), None, str(error)
+    return image, (w, h), depth, None
 
 
-def dump_view(task: ViewTask, loaded):
-    """Extract features and write the part. Returns None, or why the image cannot be used, as a string."""
-    if isinstance(loaded, str):
-        return loaded
-    image, depth, depth_problem = loaded
-    h, w = image.shape
-    small = resized(image, task.config["resize"])
-    features = extractor(task.config["feature_type"], task.config["extractor"], task.device)(small)
+def finish_view(task: ViewTask, loaded: tuple, features: Features) -> None:
+    """Write the part of an image as load_view read it."""
+    image, (w, h), depth, depth_problem = loaded
     # in double precision, so that keypoints of an image that was not resized stay what they are
     found = features.keypoints.astype(np.float64)
-    keypoints = resize_keypoints(found, w / small.shape[1], h / small.shape[0]).astype(np.float32)
+    keypoints = resize_keypoints(found, w / image.shape[1], h / image.shape[0]).astype(np.float32)
     part = {
         "size": np.array([w, h], np.int32),
         "kpt": np.c_[keypoints, features.scores].astype(np.float32),
@@ -252,27 +269,31 @@ def dump_view(task: ViewTask, loaded):
         places = resize_keypoints(keypoints.astype(np.float64), depth.shape[1] / w, depth.shape[0] / h)
         part["depth"] = depth_at(depth, places)
     write_record(task.part_path, part)
-    return None
+
+
+def _extracted_size(task: ViewTask):
+    size = header_size(Path(task.raw_data_dir, task.view.image_path))
+    return size and resized(size, task.config["resize"])
 
 
 def _part_path(parts, view):
     return Path(parts, f"{view.image_path}.npy")
 
 
-def _extract(views, config, parts, workers, device) -> dict:
-    """Make the parts that are not there yet; why not, by view, for images that cannot be used."""
-    for stray in parts.rglob(".*.tmp.npy"):
-        stray.unlink()
-    missing = [view for view in views if not _part_path(parts, view).exists()]
-    tasks = [ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config, device) for view in missing]
-    unusable = {}
+def _extract(views, config, parts, recipe, workers, shard) -> tuple[dict, int, int]:
+    """Make the parts that are not there -> ({view that cannot be used: why}, number of images, of missing parts)."""
+    tasks = [ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config) for view in views]
+    there = {task.part_path for task in tasks if task.part_path.exists()}
+    batches = batches_of(tasks, recipe, _extracted_size, shard)
+    own = [task for batch in batches for task in batch]
+    unusable, n_missing = {}, sum(task.part_path not in there for task in own)
     with worker_pool(workers) as pool:
-        results = each_image(pool, workers, config["feature_type"], load_view, dump_view, tasks)
-        for problem, view in tqdm(zip(results, missing), "images", len(views), initial=len(views) - len(missing),
-                                  disable=None):
+        results = each_image(pool, workers, recipe, batches, lambda task: task.part_path in there, load_view,
+                             finish_view)
+        for task, problem in tqdm(results, "images", len(own), initial=len(own) - n_missing, disable=None):
             if problem:
-                unusable[view] = problem
-    return unusable
+                unusable[task.view] = problem
+    return unusable, len(own), n_missing
 
 
 def _write_pair(file, number, view1, view2, cameras):
@@ -289,46 +310,31 @@ def _write_pair(file, number, view1, view2, cameras):
             file[f"{name}{side}/{number}"] = dataset
 
 
-def _settings(config):
+def _settings(config, weights):
     which_pairs = "scenes" if config["dataset"] == "yfcc" else "pair_list"
     return {"format": FORMAT, "version": VERSION, "dataset": config["dataset"], "feature_type": config["feature_type"],
-            "settings": {which_pairs: config[which_pairs], "resize": config["resize"], **config["extractor"]}}
+            "settings": {which_pairs: config[which_pairs], **_feature_settings(config, weights)}}
 
 
-def _read_finished(path, config) -> tuple[int, list]:
-    """Number of pairs of a finished file, and what was left out; InputError if other settings made it."""
+def _feature_settings(config, weights):
+    return {"resize": config["resize"], **config["extractor"], **weights}
+
+
+def _read_finished(path, settings) -> dict:
+    """What dump_eval returns, of a finished file; InputError if other settings made it."""
     try:
         with h5py.File(path, "r") as file:
             made = {**file.attrs, "settings": json.loads(file.attrs["settings"])}
-            n_pairs, skipped = len(file["K1"]), json.loads(file["skipped"].asstr()[()])
+            counts, skipped = (json.loads(file[name].asstr()[()]) for name in ("counts", "skipped"))
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} is there but no finished dump ({error}): delete it, or change output") from None
     check_settings({name: value.item() if isinstance(value, np.generic) else value for name, value in made.items()},
-                   _settings(config), path)
-    return n_pairs, skipped
+                   settings, path)
+    return {**counts, "skipped": skipped, "images_per_second": None, "pairs_per_second": None}
 
 
-def dump_eval(config: dict, workers: int = 1, device: str = "auto") -> tuple[int, list]:
-    """Make the HDF5 file of a configuration (see load_config) -> (number of pairs, [(image, why it was left out)]).
-
-    A finished file made with the same settings is kept. Raises InputError if nothing can be made of the raw data.
-    """
-    output, raw_data_dir = Path(config["output"]), config["raw_data_dir"]
-    if output.exists():
-        return _read_finished(output, config)
-    if not Path(raw_data_dir).is_dir():
-        raise InputError(f"raw_data_dir {raw_data_dir} is not a folder")
-    if config["dataset"] == "yfcc":
-        pairs = yfcc_pairs(raw_data_dir, config["scenes"])
-    else:
-        pairs = scannet_pairs(config["pair_list"])
-    views = sorted({view for pair in pairs for view in pair}, key=lambda view: view.image_path)
-    extractor(config["feature_type"], config["extractor"], device)  # bad settings must stop here, not at each image
-    parts = Path(f"{output}.parts")
-    claim(parts, {"format": f"{FORMAT}-parts", "version": VERSION, "feature_type": config["feature_type"],
-                  "settings": {"resize": config["resize"], **config["extractor"]}})
-    unusable = _extract(views, config, parts, workers, device)
-
+def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict, list]:
+    """Write the HDF5 file from the parts -> (counts, [(image, why it was left out)]), which it holds, too."""
     for stray in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         stray.unlink()
     cameras, depth_problems = {}, []
@@ -338,7 +344,8 @@ def dump_eval(config: dict, workers: int = 1, device: str = "auto") -> tuple[int
                 continue
             part = read_record(_part_path(parts, view))
             try:
-                cameras[view] = read_camera(config["dataset"], raw_data_dir, view, tuple(part["size"].tolist()))
+                cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view,
+                                            tuple(part["size"].tolist()))
             except InputError as error:
                 unusable[view] = str(error)
                 continue
@@ -349,19 +356,119 @@ def dump_eval(config: dict, workers: int = 1, device: str = "auto") -> tuple[int
                     file[f"images/{view.image_path}/{name}"] = part[name]
         good = [pair for pair in pairs if not unusable.keys() & set(pair)]
         if not good:
-            raise InputError(f"none of {len(pairs)} pairs in {raw_data_dir} can be used"
+            raise InputError(f"none of {len(pairs)} pairs in {config['raw_data_dir']} can be used"
                              + "".join(f"; {reason}" for reason in list(unusable.values())[:1]))
         for number, pair in enumerate(tqdm(good, "pairs written", disable=None)):
             _write_pair(file, number, *pair, cameras)
         uses = Counter(view for pair in pairs for view in set(pair))
-        skipped = [(view.image_path, f"{reason}; its {uses[view]} pairs are left out")
-                   for view, reason in unusable.items()] + depth_problems
-        made = _settings(config)
-        file.attrs.update({**made, "settings": json.dumps(made["settings"])})
-        file["skipped"] = json.dumps(skipped)
-    if not skipped:
-        shutil.rmtree(parts)
-    return len(good), skipped
+        skipped = [(view.image_path, f"{unusable[view]}; its {uses[view]} pairs are left out")
+                   for view in views if view in unusable] + depth_problems
+        counts = {"images": len(cameras), "pairs_tried": len(pairs), "pairs": len(good),
+                  "rejected": {"image_left_out": len(pairs) - len(good)}}
+        file.attrs.update({**settings, "settings": json.dumps(settings["settings"])})
+        file["counts"], file["skipped"] = json.dumps(counts), json.dumps(skipped)
+    return counts, skipped
+
+
+def dump_eval(config: dict, workers: int = 1, device: str = "auto", shard=None) -> dict:
+    """Make the HDF5 file of a configuration (see load_config), or, for shard (i, n), its part of the features.
+
+    A finished file made with the same settings is kept. Returns {"images", "pairs_tried", "pairs", "rejected" (pairs,
+    by reason), "skipped" [(image, why it was left out)], "images_per_second", "pairs_per_second"}; of a shard, pairs
+    are None. Raises InputError if nothing can be made of the raw data, InUse if another process is at it.
+    """
+    output, raw_data_dir = Path(config["output"]), config["raw_data_dir"]
+    recipe = config["feature_type"], config["extractor"], device
+    extractor(*recipe)  # bad settings must stop here, not at each image
+    weights = weights_of(*recipe)
+    settings = _settings(config, weights)
+    if output.exists():
+        return _read_finished(output, settings)
+    if not Path(raw_data_dir).is_dir():
+        raise InputError(f"raw_data_dir {raw_data_dir} is not a folder")
+    if config["dataset"] == "yfcc":
+        pairs = yfcc_pairs(raw_data_dir, config["scenes"])
+    else:
+        pairs = scannet_pairs(config["pair_list"])
+    views = sorted({view for pair in pairs for view in pair}, key=lambda view: view.image_path)
+    parts = Path(f"{output}.parts")
+    busy = f"another process writes {output}: wait for it, or give each its own --shard"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(output.with_name(f".{output.name}.lock"), busy, shared=bool(shard)))
+        if shard:
+            stack.enter_context(locked(output.with_name(f".{output.name}.{shard[0]}.lock"), busy))
+        if output.exists():  # by now
+            return _read_finished(output, settings)
+        claim(parts, {"format": f"{FORMAT}-parts", "version": VERSION, "feature_type": config["feature_type"],
+                      "settings": _feature_settings(config, weights)})
+        if not shard:
+            for stray in parts.rglob(".*.tmp.npy"):
+                stray.unlink()
+        started = time.perf_counter()
+        unusable, n_images, n_missing = _extract(views, config, parts, recipe, workers, shard)
+        rates = {"images_per_second": n_missing / (time.perf_counter() - started) if n_missing else None,
+                 "pairs_per_second": None}
+        if shard:
+            return {"images": n_images - len(unusable), "pairs_tried": None, "pairs": None, "rejected": None,
+                    "skipped": [(view.image_path, unusable[view]) for view in unusable], **rates}
+        started = time.perf_counter()
+        counts, skipped = _join(output, config, settings, pairs, views, unusable, parts)
+        rates["pairs_per_second"] = counts["pairs"] / (time.perf_counter() - started)
+        if not skipped:
+            shutil.rmtree(parts)
+    return {**counts, "skipped": skipped, **rates}
+
+
+def _shape_problems(where, group, shapes) -> list:
+    problems = []
+    for name, shape in shapes.items():
+        if name not in group or group[name].shape != shape:
+            problems.append((where, f"{name} is {group[name].shape if name in group else 'missing'}, not {shape}"))
+        elif not np.isfinite(group[name][()]).all():
+            problems.append((where, f"{name} has values that are not finite"))
+    return problems
+
+
+def verify_eval(path) -> tuple[int, list]:
+    """Re-read a finished file -> (number of pairs, [(image or pair, what is wrong)]); InputError if it is none."""
+    groups = {"K1": (3, 3), "K2": (3, 3), "R": (3, 3), "T": (3,), "e": (3, 3), "f": (3, 3)}
+    links = [f"{name}{side}" for name in ("kpt", "desc", "size", "img_path") for side in (1, 2)]
+    try:
+        with h5py.File(path, "r") as file:
+            n_pairs = json.loads(file["counts"].asstr()[()])["pairs"]
+            dim, names, problems = DESCRIPTOR_DIM[file.attrs["feature_type"]], set(), []
+            file["images"].visititems(lambda name, item: names.add(name.rpartition("/")[0])
+                                      if isinstance(item, h5py.Dataset) else None)
+            for name in tqdm(sorted(names), "images verified", disable=None):
+                image = file["images"][name]
+                n = len(image["kpt"]) if "kpt" in image else 0
+                shapes = {"kpt": (n, 3), "desc": (n, dim), "size": (2,)} | ({"depth": (n,)} if "depth" in image else {})
+                problems += _shape_problems(name, image, shapes)
+            numbers = {group: set(file[group]) if group in file else set() for group in [*groups, *links]}
+            wrong = [(group, f"{len(there)} pairs, not 0 to {n_pairs - 1}") for group, there in numbers.items()
+                     if there != {str(number) for number in range(n_pairs)}]
+            problems += wrong
+            for number in range(0 if wrong else n_pairs):
+                pair = {name: file[name][str(number)] for name in [*groups, *links]}
+                problems += _shape_problems(f"pair {number}", pair, groups)
+                for side in (1, 2):
+                    image = file["images"].get(pair[f"img_path{side}"].asstr()[()], {})
+                    problems += [(f"pair {number}", f"{name}{side} is not that of its image")
+                                 for name in ("kpt", "desc", "size") if image.get(name) != pair[f"{name}{side}"]]
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no finished dump, or damaged ({error}): delete it and run again") from None
+    return n_pairs, problems
+
+
+def print_summary(output, report: dict) -> None:
+    """What became of a run, for people."""
+    if report["pairs"] is None:
+        print(f"features of {report['images']} images are in {output}.parts, {report['seconds']:.1f} s; after all "
+              "shards, run without --shard")
+    else:
+        print(f"{output}: {report['images']} images, {report['pairs']} of {report['pairs_tried']} pairs, "
+              f"{Path(output).stat().st_size / 1e6:.1f} MB, {report['seconds']:.1f} s")
+    print_rates(report)
 
 
 def main(argv=None) -> int:
@@ -372,19 +479,33 @@ def main(argv=None) -> int:
     parser.add_argument("--config", required=True, help="YAML file, such as configs/yfcc_eval_sift.yaml")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument("--device", default="auto", help="for spp: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--shard", metavar="I/N", help="just the features of each N-th image, I = 0 .. N-1; a run "
+                                                       "without --shard joins them; torchrun's processes do all that")
+    parser.add_argument("--report", metavar="FILE", help="write counts, rates and memory of this process as JSON")
+    parser.add_argument("--verify", action="store_true", help="only re-read the output")
     args, others = parser.parse_known_args(argv)
     config = load_config(args.config, others)
+    if args.verify:
+        return report_verified(*verify_eval(config["output"]), "pairs")
     stop_on_sigterm()
-    started = time.perf_counter()
+    started, shard = time.perf_counter(), parse_shard(args.shard)
     try:
-        n_pairs, skipped = dump_eval(config, args.workers, args.device)
+        report = dump_eval(config, args.workers, args.device, shard)
+        wait_for_all("features")
+        if under_torchrun() and shard[0] == 0:
+            report = dump_eval(config, args.workers, args.device)
     except OSError as error:
-        raise InputError(f"cannot write {config['output']}: {error.strerror or error}; what is done is kept") from None
-    print(f"{config['output']}: {n_pairs} pairs, {Path(config['output']).stat().st_size / 1e6:.1f} MB, "
-          f"{time.perf_counter() - started:.1f} s")
-    status = report_skipped(skipped, "images or depth maps")
-    if skipped:
-        print(f"to try them again, delete {config['output']}", file=sys.stderr)
+        raise InputError(f"cannot write {config['output']}: {why(error)}; what is done is kept") from None
+    output = Path(config["output"])
+    report |= {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(args.workers),
+               "megabytes_per_image": output.stat().st_size / report["images"] / 1e6 if report["pairs"] else None}
+    print_summary(output, report)
+    if args.report:
+        write_report(args.report, report)
+    status = report_skipped(report["skipped"], "images or depth maps")
+    if report["skipped"] and output.exists():
+        print(f"to try them again, delete {output}", file=sys.stderr)
+    wait_for_all("the end")
     return status
 
 

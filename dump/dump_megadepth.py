@@ -1,18 +1,26 @@
 """Offline step: MegaDepth, or anything in its layout, -> keypoint and match records to train on (SPEC 3, 4, 5).
 
-    python3 -m dump.dump_megadepth --feature_type sift --base_path MEGADEPTH --save_path OUT [--workers 8]
+    python3 -m dump.dump_megadepth --feature_type sift --base_path MEGADEPTH --save_path OUT [--workers 8] [--shard 0/4]
 
 Scene by scene: features of every image that has a candidate pair, then the correspondences of the pairs. It may be
 stopped at any moment, and goes on where it was with a result identical to the byte: a record appears whole or not at
 all, pairs are tried in a fixed order, so the last match record says where to go on; a scene is complete when
 OUT/scenes/<scene>.json is there. `tools/manifest.py` describes the folder and reads it.
 
-Memory: the scene_info of one scene in the parent; per worker one image with its depth while extracting, and
-VIEWS_KEPT views (about 50 KB each) while matching.
+Shards, one a machine, get whole scenes, every N-th, so that no two write the same file; all N, at once or one after
+the other, end with the bytes of one run without them. Whoever writes a scene holds its lock: another run into the same
+OUT that comes to it is refused. The bytes of spp are those of one model of processor, or GPU: others round otherwise.
+
+Memory does not grow with the number of images and pairs of a scene, but for: its scene_info while the pairs are chosen
+(0.4 KB for each observation of a 3D point, and three matrices), then 100 bytes a pair and 10 KB an image. What does not
+grow: per worker one image with its depth and 0.5 KB (sift) or 1 KB (spp) a pixel while extracting, 1 or 2 GB for
+1600x1200, and VIEWS_KEPT views (about 50 KB each) while matching. With a GPU, images (2 * workers and a batch) and the
+network are in the parent alone.
 """
 import argparse
+import contextlib
 import functools
-import itertools
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -20,34 +28,46 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from dump.workers import available_cores, each_image, extractor, in_order, stop_on_sigterm, worker_pool
+from dump.report import peak_memory_mb, print_rates, report_verified, why, write_report
+from dump.shards import deal, parse_shard, wait_for_all
+from dump.workers import (
+    available_cores,
+    batches_of,
+    each_image,
+    extractor,
+    header_size,
+    in_order,
+    stop_on_sigterm,
+    weights_of,
+    worker_pool,
+)
 from tools.cli import InputError, report_skipped, run
 from tools.correspondences import depth_at, match_by_projection
-from tools.features import DESCRIPTOR_DIM
+from tools.features import DESCRIPTOR_DIM, Features
 from tools.files import read_depth, read_image, read_lines, write_json
 from tools.manifest import (
     FORMAT,
     VERSION,
+    InUse,
     begun_scenes,
     claim,
     keypoint_path,
+    lock_path,
+    locked,
     match_path,
     read_manifest,
     read_scene,
     scene_path,
 )
 from tools.records import read_record, write_record
-from tools.scene_info import list_scenes, load_scene_info
+from tools.scene_info import candidate_pairs, check_scene_info, list_scenes, load_scene_info
 
 FEATURE_SETTINGS = {  # SPEC 3, "Dump"
     "sift": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False},
     "spp": {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3},
 }
-MIN_OVERLAP, MAX_OVERLAP = 0.1, 0.8
-MIN_SHARED_POINTS = 20
 MIN_WITH_DEPTH = 20  # more than that, in each image
 MIN_MATCHES = 20  # more than that
 PAIRS_AT_ONCE = 16
@@ -68,9 +88,14 @@ class Recipe:
     descriptor_dtype: str = "float16"
     device: str = "auto"  # for networks; not part of the manifest
 
+    @property
+    def of_extractor(self) -> tuple:
+        """Arguments of `dump.workers.extractor`."""
+        return self.feature_type, self.extractor, self.device
+
     def manifest(self) -> dict:
         return {"format": FORMAT, "version": VERSION, "feature_type": self.feature_type,
-                "settings": {**self.extractor, "min_keypoints": self.min_keypoints,
+                "settings": {**self.extractor, **weights_of(*self.of_extractor), "min_keypoints": self.min_keypoints,
                              "descriptor_dtype": self.descriptor_dtype}}
 
 
@@ -87,6 +112,16 @@ class ImageTask:
     recipe: Recipe
 
 
+@dataclass
+class Work:
+    """What a run did, apart from what it found done: for its rates."""
+
+    images: int = 0
+    image_seconds: float = 0.0
+    pairs: int = 0
+    pair_seconds: float = 0.0
+
+
 def load_view(task: ImageTask):
     """(image (H, W) uint8, depth (H, W) float32), or why they cannot be used, as a string."""
     try:
@@ -101,13 +136,9 @@ def load_view(task: ImageTask):
     return image, depth
 
 
-def dump_view(task: ImageTask, loaded):
-    """Extract features and write the keypoint record. Returns True, False if they are too few, or a string: why not."""
-    if isinstance(loaded, str):
-        return loaded
-    image, depth = loaded
+def finish_view(task: ImageTask, loaded: tuple, features: Features) -> bool:
+    """Write the keypoint record of (image, depth); False if there are too few keypoints."""
     recipe = task.recipe
-    features = extractor(recipe.feature_type, recipe.extractor, recipe.device)(image)
     if len(features.keypoints) < recipe.min_keypoints:
         return False
     write_record(task.record_path, {
@@ -119,7 +150,7 @@ def dump_view(task: ImageTask, loaded):
         "keypoints": features.keypoints.astype(np.float32),
         "scores": features.scores.astype(np.float32),
         "descriptors": features.descriptors.astype(recipe.descriptor_dtype),
-        "depth": depth_at(depth, features.keypoints),
+        "depth": depth_at(loaded[1], features.keypoints),
     })
     return True
 
@@ -144,34 +175,6 @@ def match_pairs(pairs: list):
     return outcomes
 
 
-def candidate_pairs(info: dict) -> np.ndarray:
-    """Ordered pairs (P, 2) of image indices by overlap and shared points (SPEC 4), in lexicographic order.
-
-    info: as from load_scene_info. Images without a path, depth map, K or pose are in no pair.
-    """
-    n = len(info["image_paths"])
-    usable = np.array([all(info[name][i] is not None for name in ("image_paths", "depth_paths", "intrinsics", "poses"))
-                       for i in range(n)], bool)
-    overlap = np.asarray(info["overlap_matrix"], np.float64)
-    wanted = (overlap >= MIN_OVERLAP) & (overlap <= MAX_OVERLAP) & usable[:, None] & usable[None]
-    np.fill_diagonal(wanted, False)
-    points = [list(info["points3D_id_to_2D"][i] or ()) if usable[i] else [] for i in range(n)]
-    ids, columns = np.unique(np.fromiter(itertools.chain.from_iterable(points), np.int64), return_inverse=True)
-    starts = np.concatenate([[0], np.cumsum([len(of_image) for of_image in points])])
-    sees = csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape=(n, max(len(ids), 1)))
-    shared = (sees @ sees.T).toarray()
-    return np.argwhere(wanted & (shared >= MIN_SHARED_POINTS))
-
-
-def _check_info(info: dict, path) -> None:
-    n = len(info["image_paths"])
-    if np.shape(info["overlap_matrix"]) != (n, n):
-        raise InputError(f"{path}: overlap_matrix is {np.shape(info['overlap_matrix'])}, for {n} images")
-    for name in ("depth_paths", "intrinsics", "poses", "points3D_id_to_2D"):
-        if name not in info or len(info[name]) != n:
-            raise InputError(f"{path}: {name} is missing, or not for {n} images")
-
-
 def _remove_strays(save_path, scene):
     """Remove what a killed run left half-written in this scene."""
     for folder, pattern in (("keypoints", f"{scene}/.*.tmp.npy"), ("matches", f"{scene}/.*.tmp.npy"),
@@ -182,11 +185,13 @@ def _remove_strays(save_path, scene):
 
 def _matches_done(save_path, scene):
     """How many match records there are from 0 on; records after a gap are removed, to be made again."""
-    numbers = {int(path.stem) for path in match_path(save_path, scene, 0).parent.glob("*.npy") if path.stem.isdigit()}
-    done = next(i for i in itertools.count() if i not in numbers)
-    for number in numbers:
-        if number > done:
-            match_path(save_path, scene, number).unlink()
+    numbers = np.zeros(0, np.int64)
+    with contextlib.suppress(FileNotFoundError), os.scandir(match_path(save_path, scene, 0).parent) as entries:
+        stems = (entry.name.removesuffix(".npy") for entry in entries)
+        numbers = np.sort(np.fromiter((int(stem) for stem in stems if stem.isdigit()), np.int64))
+    done = int(np.count_nonzero(numbers == np.arange(len(numbers))))
+    for number in numbers[done:]:
+        match_path(save_path, scene, number).unlink()
     return done
 
 
@@ -205,98 +210,116 @@ def _position_after(save_path, scene, done, pairs, image_paths):
     return same[0] + 1
 
 
-def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1) -> dict:
+def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1,
+               work: Work | None = None) -> dict:
     """Dump one scene, going on with what is there; return its counts, which are also OUT/scenes/<scene>.json.
 
-    info_path: its scene_info file. pool: from worker_pool(workers). Counts: pairs, images, candidate_pairs,
-    candidate_images, few_keypoints (images), rejected (pairs, by reason), skipped ([name, reason] of images), bytes.
-    Raises InputError if the scene_info, or a record made before, cannot be used.
+    info_path: its scene_info file. pool: from worker_pool(workers). work: is added to. Counts: pairs, images,
+    candidate_pairs, candidate_images, few_keypoints (images), rejected (pairs, by reason), skipped ([name, reason] of
+    images), bytes, keypoint_bytes. Raises InputError if the scene_info, or a record made before, cannot be used.
     """
-    _remove_strays(save_path, scene)
+    work = work or Work()
     info = load_scene_info(info_path)
-    _check_info(info, info_path)
+    check_scene_info(info, info_path)
     pairs = candidate_pairs(info)
-    image_paths, overlap = info["image_paths"], info["overlap_matrix"]
+    image_paths, overlap = info["image_paths"], np.float64(info["overlap_matrix"][tuple(pairs.T)])
     images = [int(i) for i in np.unique(pairs)]
     record_paths = {i: keypoint_path(save_path, scene, image_paths[i], recipe.feature_type) for i in images}
     if len(set(record_paths.values())) < len(images):
         raise InputError(f"{info_path}: two images have the same file name, and would share a keypoint record")
-    intrinsics = {i: np.asarray(info["intrinsics"][i], np.float64) for i in images}
-    poses = {i: np.asarray(info["poses"][i], np.float64) for i in images}
-
-    outcome = {i: True for i in images if record_paths[i].exists()}
-    missing = [i for i in images if i not in outcome]
-    tasks = [ImageTask(str(base_path), image_paths[i], info["depth_paths"][i], intrinsics[i], poses[i],
-                       record_paths[i], recipe) for i in missing]
+    tasks = [ImageTask(str(base_path), image_paths[i], info["depth_paths"][i],
+                       np.asarray(info["intrinsics"][i], np.float64), np.asarray(info["poses"][i], np.float64),
+                       record_paths[i], recipe) for i in images]
     del info  # its points are most of the memory
-    started = time.perf_counter()
-    results = each_image(pool, workers, recipe.feature_type, load_view, dump_view, tasks)
-    for result, i in tqdm(zip(results, missing), f"{scene} images", len(images), initial=len(outcome), leave=False,
-                          disable=None):
-        outcome[i] = result
-    print(f"{scene}: {len(missing)} images in {time.perf_counter() - started:.1f} s", end="", flush=True)
+    task_of = dict(zip(images, tasks))
 
-    left_out = [i for i in images if outcome[i] is not True]
-    usable = pairs[~np.isin(pairs, left_out).any(axis=1)]
+    outcome = {task.record_path: True for task in tasks if task.record_path.exists()}
+    n_missing = len(tasks) - len(outcome)
+    started = time.perf_counter()
+    batches = batches_of(tasks, recipe.of_extractor, lambda task: header_size(Path(task.base_path, task.image_path)))
+    results = each_image(pool, workers, recipe.of_extractor, batches, lambda task: task.record_path in outcome,
+                         load_view, finish_view)
+    for task, result in tqdm(results, f"{scene} images", len(tasks), initial=len(outcome), leave=False, disable=None):
+        outcome[task.record_path] = result
+    work.images += n_missing
+    work.image_seconds += (seconds := time.perf_counter() - started)
+    print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)
+
+    left_out = [i for i in images if outcome[record_paths[i]] is not True]
+    good = ~np.isin(pairs, left_out).any(axis=1)
+    usable, overlap = pairs[good], overlap[good]
     done = _matches_done(save_path, scene)
     position = _position_after(save_path, scene, done, usable, image_paths)
-    chunks = [usable[k:k + PAIRS_AT_ONCE] for k in range(position, len(usable), PAIRS_AT_ONCE)]
-    path_pairs = ([(record_paths[i], record_paths[j]) for i, j in chunk] for chunk in chunks)
+    starts = range(position, len(usable), PAIRS_AT_ONCE)
+    path_pairs = ([(record_paths[i], record_paths[j]) for i, j in usable[k:k + PAIRS_AT_ONCE].tolist()] for k in starts)
     _read_view.cache_clear()
     started = time.perf_counter()
     with tqdm(desc=f"{scene} pairs", total=len(usable), initial=position, leave=False, disable=None) as progress:
-        for found, chunk in zip(in_order(pool, match_pairs, path_pairs, ahead=4 * workers), chunks):
-            for matches, (i, j) in zip(found, chunk):
+        for found, k in zip(in_order(pool, match_pairs, path_pairs, ahead=4 * workers), starts):
+            for at, matches in enumerate(found, start=k):
                 if isinstance(matches, str):
                     continue
+                view0, view1 = task_of[usable[at, 0]], task_of[usable[at, 1]]
                 write_record(match_path(save_path, scene, done), {
-                    "image_path0": image_paths[i], "image_path1": image_paths[j],
-                    "intrinsics0": intrinsics[i], "intrinsics1": intrinsics[j], "pose0": poses[i], "pose1": poses[j],
-                    "matches": matches, "overlap": np.float64(overlap[i, j]),
+                    "image_path0": view0.image_path, "image_path1": view1.image_path,
+                    "intrinsics0": view0.intrinsics, "intrinsics1": view1.intrinsics,
+                    "pose0": view0.pose, "pose1": view1.pose,
+                    "matches": matches, "overlap": overlap[at],
                 })
                 done += 1
-            progress.update(len(chunk))
-    print(f", {len(usable) - position} pairs in {time.perf_counter() - started:.1f} s, {done} valid")
+            progress.update(len(found))
+    work.pairs += len(usable) - position
+    work.pair_seconds += (seconds := time.perf_counter() - started)
+    print(f", {len(usable) - position} pairs in {seconds:.1f} s, {done} valid")
 
     # from here on all follows from the data and the files, so that an interrupted run ends with the same
-    kept = [i for i in images if outcome[i] is True]
+    kept = [i for i in images if outcome[record_paths[i]] is True]
     without_depth = [i for i in kept if _read_view(record_paths[i])[1] <= MIN_WITH_DEPTH]
     few_with_depth = int(np.isin(usable, without_depth).any(axis=1).sum())
-    files = [record_paths[i] for i in kept] + [match_path(save_path, scene, k) for k in range(done)]
+    keypoint_bytes = sum(record_paths[i].stat().st_size for i in kept)
     counts = {
         "pairs": done,
         "images": len(kept),
         "candidate_pairs": len(pairs),
         "candidate_images": len(images),
-        "few_keypoints": sum(outcome[i] is False for i in images),
+        "few_keypoints": sum(result is False for result in outcome.values()),
         "rejected": {"image_left_out": len(pairs) - len(usable), "few_keypoints_with_depth": few_with_depth,
                      "few_matches": len(usable) - few_with_depth - done},
-        "skipped": [[image_paths[i], outcome[i]] for i in left_out if outcome[i] is not False],
-        "bytes": sum(path.stat().st_size for path in files),
+        "skipped": [[image_paths[i], outcome[record_paths[i]]] for i in left_out
+                    if outcome[record_paths[i]] is not False],
+        "bytes": keypoint_bytes + sum(match_path(save_path, scene, k).stat().st_size for k in range(done)),
+        "keypoint_bytes": keypoint_bytes,
     }
+    _remove_strays(save_path, scene)  # now, when a worker that outlived its killed parent by a moment has ended too
     write_json(scene_path(save_path, scene), counts)
     return counts
 
 
-def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: int = 1) -> dict:
+def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: int = 1, shard=None) -> dict:
     """Dump the scenes (ids; all if None) of `base_path` into `save_path`; complete ones are only read.
 
-    Returns {"scenes": {scene: counts as from dump_scene}, "skipped": [(scene or image, reason)]}. Raises InputError
-    for bad input of the whole run.
+    shard: (i, n) for every n-th of the scenes from the i-th on. Returns {"scenes": {scene: counts as from dump_scene},
+    "skipped": [(scene or image, reason)], "work": Work}. Raises InputError for bad input of the whole run, InUse if
+    another process writes one of the scenes.
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
     files = list_scenes(base_path, scenes)
-    extractor(recipe.feature_type, recipe.extractor, recipe.device)  # bad settings must stop here, not in each scene
+    extractor(*recipe.of_extractor)  # bad settings must stop here, not in each scene
     claim(save_path, recipe.manifest())
-    summary = {"scenes": {}, "skipped": []}
+    summary = {"scenes": {}, "skipped": [], "work": Work()}
     with worker_pool(workers) as pool:
-        for scene, info_path in files.items():
+        for scene, info_path in deal(files.items(), shard):
             try:
-                if scene_path(save_path, scene).is_file():
-                    counts = read_scene(save_path, scene)
-                else:
-                    counts = dump_scene(scene, info_path, base_path, save_path, recipe, pool, workers)
+                with locked(lock_path(save_path, scene), busy=f"another process writes scene {scene} of {save_path}: "
+                                                              "wait for it, or give each its own --shard"):
+                    if scene_path(save_path, scene).is_file():
+                        counts = read_scene(save_path, scene)
+                    else:
+                        counts = dump_scene(scene, info_path, base_path, save_path, recipe, pool, workers,
+                                            summary["work"])
+            except InUse:
+                raise
             except InputError as error:
                 summary["skipped"].append((f"scene {scene}", str(error)))
                 continue
@@ -384,19 +407,42 @@ def verify_dump(path, scenes=None) -> tuple[int, list]:
     return n_records, problems
 
 
-def print_summary(summary: dict, seconds: float) -> None:
-    """Counts of a dump_megadepth summary; the same per scene are in OUT/scenes."""
-    counts = summary["scenes"]
-    totals = {name: sum(scene[name] for scene in counts.values())
-              for name in ("images", "pairs", "candidate_images", "candidate_pairs", "few_keypoints", "bytes")}
-    print(f"{len(counts)} scenes, {totals['images']} of {totals['candidate_images']} images, {totals['pairs']} of "
-          f"{totals['candidate_pairs']} pairs, {totals['bytes'] / 1e6:.1f} MB, {seconds:.1f} s")
-    if totals["few_keypoints"]:
-        print(f"{totals['few_keypoints']} images have fewer keypoints than --min_keypoints")
-    for reason in ("image_left_out", "few_keypoints_with_depth", "few_matches"):
-        print(f"pairs rejected, {reason.replace('_', ' ')}: "
-              f"{sum(scene['rejected'][reason] for scene in counts.values())}")
-    empty = [scene for scene, of_scene in counts.items() if not of_scene["pairs"]]
+def report_of(summary: dict, seconds: float, workers: int) -> dict:
+    """What became of the images and pairs of a dump_megadepth summary; rates are of this run, None if it did nothing.
+
+    images, pairs: kept; pairs_tried: those with enough overlap; megabytes_per_image: of keypoint records;
+    peak_memory_mb: see dump.workers.peak_memory_mb.
+    """
+    def total(name):
+        return sum(scene[name] for scene in summary["scenes"].values())
+
+    work, rejected = summary["work"], {}
+    for scene in summary["scenes"].values():
+        for reason, n in scene["rejected"].items():
+            rejected[reason] = rejected.get(reason, 0) + n
+    return {
+        "images": total("images"), "pairs_tried": total("candidate_pairs"), "pairs": total("pairs"),
+        "rejected": rejected, "skipped": summary["skipped"], "seconds": seconds,
+        "images_per_second": work.images / work.image_seconds if work.images else None,
+        "pairs_per_second": work.pairs / work.pair_seconds if work.pairs else None,
+        "megabytes_per_image": total("keypoint_bytes") / total("images") / 1e6 if total("images") else None,
+        "peak_memory_mb": peak_memory_mb(workers),
+    }
+
+
+def print_summary(summary: dict, report: dict) -> None:
+    """What report_of says, for people; the counts of each scene are in OUT/scenes."""
+    counts = summary["scenes"].values()
+    n_bytes, tried, few = (sum(scene[name] for scene in counts) for name in ("bytes", "candidate_images",
+                                                                             "few_keypoints"))
+    print(f"{len(counts)} scenes, {report['images']} of {tried} images, {report['pairs']} of {report['pairs_tried']} "
+          f"pairs, {n_bytes / 1e6:.1f} MB, {report['seconds']:.1f} s")
+    print_rates(report)
+    if few:
+        print(f"{few} images have fewer keypoints than --min_keypoints")
+    for reason, n in report["rejected"].items():
+        print(f"pairs rejected, {reason.replace('_', ' ')}: {n}")
+    empty = [scene for scene, of_scene in summary["scenes"].items() if not of_scene["pairs"]]
     if empty:
         print(f"{len(empty)} scenes have no valid pair: {', '.join(empty)}")
 
@@ -427,15 +473,14 @@ def main(argv=None) -> int:
     parser.add_argument("--descriptor_dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument("--device", default="auto", help="for spp: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
+                                                       "machine; under torchrun each process takes its own")
+    parser.add_argument("--report", metavar="FILE", help="write counts, rates and memory of this process as JSON")
     parser.add_argument("--verify", action="store_true", help="only re-read the dump in --save_path")
     args = parser.parse_args(argv)
     scenes = read_lines(args.scene_list) if args.scene_list else None
     if args.verify:
-        n_records, problems = verify_dump(args.save_path, scenes)
-        print(f"{n_records} records read, {len(problems)} problems")
-        for name, problem in problems:
-            print(f"  {name}: {problem}", file=sys.stderr)
-        return 1 if problems else 0
+        return report_verified(*verify_dump(args.save_path, scenes), "records")
     if not args.feature_type or not args.base_path:
         parser.error("--feature_type and --base_path are needed")
 
@@ -444,14 +489,20 @@ def main(argv=None) -> int:
                           if name in ("max_keypoints", "contrast_threshold", "unique_locations")}
     recipe = recipe_of(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device,
                        **extractor_settings)
-    started = time.perf_counter()
+    started, shard = time.perf_counter(), parse_shard(args.shard)
     try:
-        summary = dump_megadepth(args.base_path, args.save_path, recipe, scenes, args.workers)
+        summary = dump_megadepth(args.base_path, args.save_path, recipe, scenes, args.workers, shard)
     except OSError as error:
-        raise InputError(f"cannot write to {args.save_path}: {error.strerror or error}; what is done is kept") from None
-    print_summary(summary, time.perf_counter() - started)
+        raise InputError(f"cannot write to {args.save_path}: {why(error)}; what is done is kept") from None
+    report = report_of(summary, time.perf_counter() - started, args.workers)
+    if shard:
+        print(f"shard {shard[0]}/{shard[1]}:")
+    print_summary(summary, report)
+    if args.report:
+        write_report(args.report, report)
     status = report_skipped(summary["skipped"], "images or scenes")
-    return status if summary["scenes"] else 2
+    wait_for_all("the end")
+    return status if summary["scenes"] or not summary["skipped"] else 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads (SPEC 2).
 
-    python3 -m dump.preprocess_megadepth --base_path MEGADEPTH [--scene 0000 0001] [--workers 8]
+    python3 -m dump.preprocess_megadepth --base_path MEGADEPTH [--scene 0000 0001] [--workers 8] [--shard 0/4]
 
 MEGADEPTH holds the two public archives, unpacked:
 
@@ -13,9 +13,11 @@ and gets, scene by scene, what exists being kept:
     scene_info/<scene>.0.npz
 
 It may be stopped at any moment, and goes on with the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
-its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Memory: the COLMAP model of one scene.
+its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Shards, one a machine, get whole scenes, and
+whoever is at one holds its lock. Memory: the COLMAP model of one scene.
 """
 import argparse
+import errno
 import shutil
 import sys
 import time
@@ -24,18 +26,21 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from scipy.sparse import csc_matrix
 from tqdm import tqdm
 
+from dump.report import why
+from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, report_skipped, run
-from tools.covisibility import axis_angles
+from tools.covisibility import axis_angles, pair_matrices
 from tools.files import read_image
 from tools.geometry import make_pose, project
+from tools.manifest import InUse, locked
 from tools.scene_info import write_scene_info
 
 ARCHIVE_ROOT = "phoenix/S6/zl548"
 MIN_DEPTH_BYTES = 100 * 1024  # a smaller file is a mask of foreground and background, no depth map
+FULL_DISK_BYTES = 1 << 20
 PYCOLMAP_ERRORS = (ValueError, RuntimeError, IndexError, MemoryError, OSError)  # of damaged or unreadable files
 
 
@@ -101,10 +106,12 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
     """Undistort the images and the model of `sfm`, a scene's folder of MegaDepth_v1_SfM, into the folder `target`.
 
     max_image_size: pixels, the larger side; workers: threads. `target` appears when it is whole. Images that are
-    missing or damaged in `sfm` are left out. InputError if the model cannot be read, or `target` cannot be written.
+    missing or damaged in `sfm` are left out. InputError if the model cannot be read, or `target` cannot be written;
+    OSError if the disk is full.
     """
     pycolmap = import_pycolmap()
     sfm, target = Path(sfm), Path(target)
+    read_model(sfm / "sparse" / "manhattan" / "0")  # so that what is wrong afterwards is not wrong with the input
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -127,10 +134,17 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
             work.result()
         except PYCOLMAP_ERRORS as error:
             raise InputError(f"cannot undistort {sfm}: {error}") from None
-        for image in read_model(temporary / "sparse").images.values():
-            # pycolmap only logs what it could not write
-            if not (temporary / "images" / image.name).is_file() and is_readable(sfm / "images" / image.name):
-                raise InputError(f"cannot write the undistorted {image.name} to {target.parent}: is the disk full?")
+        # pycolmap only logs what it could not write
+        try:
+            unwritten = [image.name for image in read_model(temporary / "sparse").images.values()
+                         if not (temporary / "images" / image.name).is_file()
+                         and is_readable(sfm / "images" / image.name)]
+        except InputError:
+            unwritten = ["model"]
+        if unwritten and shutil.disk_usage(temporary).free < FULL_DISK_BYTES:
+            raise OSError(errno.ENOSPC, "")
+        if unwritten:
+            raise InputError(f"cannot write the undistorted {unwritten[0]} to {target.parent}: is the disk full?")
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -162,29 +176,6 @@ def observations(image, point_ids: np.ndarray, points: np.ndarray):
     _, depth = project(points[indices], K, pose)
     before = depth > 0
     return K, pose, indices[before], pixels[before], depth[before]
-
-
-def pair_matrices(point_indices: list, ndepths: list, n_points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Overlap and scale ratio (SPEC 2) of n images, two (n, n) arrays.
-
-    point_indices: per image (M_i,) different indices in [0, n_points); ndepths: per image (M_i,) depth / mean focal
-    length, > 0. The overlap is -1 in row and column of an image without points, the scale ratio where no point is
-    shared. The work grows with the sum of the squared track lengths, not with n times the number of observations.
-    """
-    n = len(point_indices)
-    counts = np.array([len(indices) for indices in point_indices])
-    owner, indices = np.repeat(np.arange(n), counts), np.concatenate([*point_indices, np.zeros(0, np.int64)])
-    seen = csc_matrix((np.concatenate([*ndepths, np.zeros(0)]), (owner, indices)), shape=(n, n_points))
-    overlap, scale_ratio = np.full((n, n), -1.0), np.full((n, n), -1.0)
-    for i in np.flatnonzero(counts):
-        tracks = seen[:, point_indices[i]]
-        ratio = np.repeat(ndepths[i], np.diff(tracks.indptr)) / tracks.data
-        smallest = np.full(n, np.inf)
-        np.minimum.at(smallest, tracks.indices, np.maximum(ratio, 1 / ratio))
-        scale_ratio[i] = np.where(np.isfinite(smallest), smallest, -1)
-        shared = np.bincount(tracks.indices, minlength=n)
-        overlap[i] = np.where(counts > 0, shared / counts[i], -1)
-    return overlap, scale_ratio
 
 
 def scene_info_from_model(model, base_path, scene: str) -> dict:
@@ -259,11 +250,11 @@ def preprocess_scene(base_path, scene: str, workers: int = 1) -> str:
             f"in {time.perf_counter() - started:.1f} s")
 
 
-def preprocess_megadepth(base_path, scenes=None, workers: int = 1) -> tuple[list, list]:
+def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -> tuple[list, list]:
     """Preprocess the scenes (ids; all if None) under `base_path`, with `workers` threads; complete ones are left alone.
 
-    Returns (complete scenes, [(scene, reason)] of those that cannot be used). Raises InputError for bad input of the
-    whole run.
+    shard: (i, n) for every n-th of the scenes from the i-th on. Returns (complete scenes, [(scene, reason)] of those
+    that cannot be used). Raises InputError for bad input of the whole run, InUse if another process is at a scene.
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
@@ -273,14 +264,18 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1) -> tuple[list
         raise InputError(f"no scene {', '.join(unknown[:5])} in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
     import_pycolmap()
     complete, skipped = [], []
-    for scene in tqdm(found if scenes is None else scenes, "scenes", unit="scene", disable=None):
-        if not Path(base_path, "scene_info", f"{scene}.0.npz").is_file():
-            try:
-                tqdm.write(preprocess_scene(base_path, scene, workers))
-            except InputError as error:
-                skipped.append((scene, str(error)))
-                continue
-        complete.append(scene)
+    for scene in tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None):
+        busy = f"another process is at scene {scene} of {base_path}: wait for it, or give each its own --shard"
+        try:
+            with locked(Path(base_path, "Undistorted_SfM", f".{scene}.lock"), busy):
+                if not Path(base_path, "scene_info", f"{scene}.0.npz").is_file():
+                    tqdm.write(preprocess_scene(base_path, scene, workers))
+        except InUse:
+            raise
+        except InputError as error:
+            skipped.append((scene, str(error)))
+        else:
+            complete.append(scene)
     return complete, skipped
 
 
@@ -290,18 +285,21 @@ def main(argv=None) -> int:
     parser.add_argument("--base_path", required=True, help="MegaDepth's root, read and written")
     parser.add_argument("--scene", nargs="+", metavar="ID", help="just these scenes (default: all)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="threads (default: one per core)")
+    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
+                                                       "machine; under torchrun each process takes its own")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("--workers must be at least 1")
     import_pycolmap()
     stop_on_sigterm()  # after the import, which takes the signal for itself
     try:
-        complete, skipped = preprocess_megadepth(args.base_path, args.scene, args.workers)
+        complete, skipped = preprocess_megadepth(args.base_path, args.scene, args.workers, parse_shard(args.shard))
     except OSError as error:
-        raise InputError(f"cannot write to {args.base_path}: {error.strerror or error}; what is done is kept") from None
+        raise InputError(f"cannot write to {args.base_path}: {why(error)}; what is done is kept") from None
     print(f"{len(complete)} scenes complete")
     status = report_skipped(skipped, "scenes")
-    return status if complete else 2
+    wait_for_all("the end")
+    return status if complete or not skipped else 2
 
 
 if __name__ == "__main__":

@@ -11,18 +11,20 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import cv2
+from PIL import Image
 
+from dump.shards import deal, under_torchrun
 from tools.cli import InputError
 from tools.features import build_extractor
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; under torchrun, its share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"] if under_torchrun() else 1))
 
 
 def _exit_with_parent():
-    # a killed parent closes no queue: without this its workers would wait for ever
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -30,7 +32,11 @@ def _exit_with_parent():
 def _start_worker():
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    # A killed parent closes no queue: its workers would do what is in it, then wait for ever. It may have been killed
+    # before they come to this.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -82,29 +88,114 @@ def _extractor(feature_type, settings):
 
 
 def extractor(feature_type: str, settings: dict, device: str = "auto"):
-    """The extractor with these settings, built once per process; `device` is for networks only."""
-    on_device = {} if feature_type == "sift" else {"device": device}
-    return _extractor(feature_type, tuple(sorted({**settings, **on_device}.items())))
+    """The extractor with these settings, built once per process.
 
-
-def _load_and_finish(load, finish, task):
-    return finish(task, load(task))
-
-
-def each_image(pool, workers: int, feature_type: str, load, finish, tasks):
-    """Yield finish(task, load(task)) for each task, in order: `load` reads files, `finish` extracts and writes.
-
-    sift does both in the worker processes. A network stays in this process, where the GPU and torch's threads are,
-    and threads read ahead for it.
+    device: for networks only; `auto` is a GPU if there is one, under torchrun the one for this process.
     """
-    if feature_type == "sift":
-        yield from in_order(pool, functools.partial(_load_and_finish, load, finish), tasks, ahead=2 * workers)
+    if feature_type != "sift":
+        if device == "auto" and under_torchrun():
+            from tools.distributed import choose_devices
+
+            devices = choose_devices([])
+            device = str(devices[int(os.environ["LOCAL_RANK"]) % len(devices)])
+        settings = {**settings, "device": device}
+    return _extractor(feature_type, tuple(sorted(settings.items())))
+
+
+def weights_of(feature_type: str, settings: dict, device: str = "auto") -> dict:
+    """What features depend on besides the settings, for a manifest: {"weights": hash} of a network, else {}."""
+    return {} if feature_type == "sift" else {"weights": extractor(feature_type, settings, device).weights_hash}
+
+
+def header_size(path) -> tuple[int, int] | None:
+    """(w, h) of an image file by its header, as stored; None if that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+@contextlib.contextmanager
+def _one_thread(recipe):
+    """A network on the CPU rounds in another way for each number of threads: it gets one, wherever it is."""
+    if recipe[0] == "sift":
+        yield
         return
-    tasks = list(tasks)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_and_finish(load, finish, recipe, task):
+    loaded = load(task)
+    if isinstance(loaded, str):
+        return loaded
+    with _one_thread(recipe):
+        features = extractor(*recipe)(loaded[0])
+    return finish(task, loaded, features)
+
+
+def batches_of(tasks: list, recipe: tuple, size, shard: tuple[int, int] | None = None) -> list[list]:
+    """Tasks of one image each -> lists of those whose features are extracted together, of a shard or all.
+
+    recipe: arguments of `extractor`. size: task -> (w, h) of its image, or None where that is unknown. On a GPU a batch
+    has images of one size, and no more than Spp.batch_pixels if it has several; elsewhere it is one image. A batch has
+    the same images whatever is done of them: this is why neither an interruption nor the number of shards changes a bit
+    of the result.
+    """
+    pixels = extractor(*recipe).batch_pixels
+    if not pixels:
+        return deal(([task] for task in tasks), shard)
+    by_size = {}
+    for task in tasks:
+        by_size.setdefault(size(task), []).append(task)
+    batches = []
+    for of_size, same in by_size.items():
+        n = max(1, pixels // (of_size[0] * of_size[1])) if of_size else 1
+        batches += [same[k:k + n] for k in range(0, len(same), n)]
+    return deal(batches, shard)
+
+
+def _extract_batch(network, images):
+    # a header may promise another size than the image has
+    if len({image.shape for image in images}) == 1 and len(images) > 1:
+        return network.extract_batch(images)
+    return [network(image) for image in images]
+
+
+def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, load, finish):
+    """Extract features: yield (task, what became of it) for each task that is not done.
+
+    batches: as from batches_of. load: task -> (image (H, W) uint8, ...), or a string: why it is of no use, which is
+    then what became of it. finish: (task, loaded, Features) -> what became of it.
+
+    On the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for
+    it; a batch that is done in part is extracted as a whole once more.
+    """
+    network = extractor(*recipe)
+    batches = [[(task, is_done(task)) for task in batch] for batch in batches]
+    batches = [batch for batch in batches if not all(done for _, done in batch)]
+    tasks = [task for batch in batches for task, _ in batch]
+    if not network.batch_pixels:
+        work = functools.partial(_load_and_finish, load, finish, recipe)
+        yield from zip(tasks, in_order(pool, work, tasks, ahead=2 * workers))
+        return
     readers = ThreadPoolExecutor(workers)
     try:
-        for task, loaded in zip(tasks, in_order(readers, load, tasks, ahead=2 * workers)):
-            yield finish(task, loaded)
+        images = in_order(readers, load, tasks, ahead=2 * workers + max(map(len, batches), default=0))
+        for batch in batches:
+            loaded = list(itertools.islice(images, len(batch)))
+            found = iter(_extract_batch(network, [content[0] for content in loaded if not isinstance(content, str)]))
+            for (task, done), content in zip(batch, loaded):
+                features = None if isinstance(content, str) else next(found)
+                if not done:
+                    yield task, content if features is None else finish(task, content, features)
     finally:
         readers.shutdown(cancel_futures=True)
 

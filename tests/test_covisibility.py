@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tools.covisibility import MAX_POINTS, is_seen, scene_info_from_depth
+from tools.covisibility import MAX_POINTS, is_seen, pair_matrices, scene_info_from_depth
 from tools.geometry import lift, make_pose, project
 from tools.scene_info import load_scene_info, write_scene_info
 
@@ -159,6 +159,14 @@ def test_voxel_size_and_the_limit_of_points():
     assert len(shared_ids(fine, 0, 1)) == MAX_POINTS
     pixels = np.array(list(fine["points3D_id_to_2D"][0].values()))
     assert (np.ptp(pixels, axis=0) > [310, 230]).all(), "the points kept must not come from one part of the image"
+
+
+def test_pairs_that_share_nothing():
+    overlap, scale_ratio = pair_matrices(
+        [np.array([0, 1]), np.array([2]), np.array([1, 2, 3]), np.zeros(0, int)],
+        [np.array([1.0, 2.0]), np.array([1.0]), np.array([1.0, 4.0, 1.0]), np.zeros(0)], 4)
+    np.testing.assert_allclose(overlap, [[1, 0, 1 / 2, -1], [0, 1, 1, -1], [1 / 3, 1 / 3, 1, -1], [-1] * 4])
+    np.testing.assert_allclose(scale_ratio, [[1, -1, 2, -1], [-1, 1, 4, -1], [2, 4, 1, -1], [-1] * 4])
 
 
 @pytest.mark.parametrize("offset, seen", [(0.96, True), (1.04, True), (0.92, False), (1.08, False)])

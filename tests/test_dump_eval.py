@@ -1,4 +1,6 @@
-"""dump.dump: the HDF5 file of evaluation features and pairs, its configurations, interruption, bad input."""
+"""dump.dump: the HDF5 file of evaluation features and pairs, its configurations, interruption, shards, bad input."""
+import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -6,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
 from plane_scene import SIZE, K, files_of, poses, texture, transfer, view
 
-from dump import workers
+from dump import shards, workers
 from dump.dump import load_config, main
 from tools.cli import run
 from tools.features import Features, Sift
@@ -101,7 +105,7 @@ def assert_error(capsys, status, *words):
 
 def check_geometry(file, number, i, j, n_keypoints=300):
     """Cameras of pair `number` are those of views i and j, and its keypoints see the plane through them."""
-    pair = {name: file[name][str(number)] for name in file if name not in ("images", "skipped")}
+    pair = {name: file[name][str(number)] for name in file if name not in ("images", "skipped", "counts")}
     for name in ("K1", "K2"):
         np.testing.assert_allclose(pair[name][()], K)
     T_1to2 = POSES[j] @ np.linalg.inv(POSES[i])
@@ -127,7 +131,9 @@ def test_yfcc(raw, finished):
         assert dict(file.attrs) == {"format": "imp-eval", "version": 1, "dataset": "yfcc", "feature_type": "sift",
                                     "settings": json.dumps({"scenes": ["square"], "resize": [], **SETTINGS})}
         groups = "K1 K2 R T e f img_path1 img_path2 kpt1 kpt2 desc1 desc2 size1 size2 depth1 depth2".split()
-        assert set(file) == {*groups, "images", "skipped"}
+        assert set(file) == {*groups, "images", "skipped", "counts"}
+        assert json.loads(file["counts"].asstr()[()]) == {"images": 3, "pairs_tried": 4, "pairs": 4,
+                                                          "rejected": {"image_left_out": 0}}
         for group in groups:
             assert set(file[group]) == {str(number) for number in range(len(PAIRS))}
         for number, (i, j) in enumerate(PAIRS):
@@ -191,7 +197,7 @@ def test_scannet_pair_list_with_ground_truth(raw, output, tmp_path):
     other = tmp_path / "other" / "eval.hdf5"
     assert dump(raw, other, dataset="scannet", pair_list=str(tmp_path / "gt.txt")) == 0
     with h5py.File(output) as one, h5py.File(other) as two:
-        for group in set(one) - {"images", "skipped"}:
+        for group in set(one) - {"images", "skipped", "counts"}:
             assert all(np.array_equal(one[group][number][()], two[group][number][()]) for number in one[group])
 
 
@@ -233,6 +239,8 @@ def test_network_gets_the_device(raw, output, monkeypatch):
     built = []
 
     class Network:
+        weights_hash, batch_pixels = "0123", 0
+
         def __init__(self, feature_type, **settings):
             built.append((feature_type, settings))
 
@@ -245,6 +253,7 @@ def test_network_gets_the_device(raw, output, monkeypatch):
     assert built == [("spp", {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 3, "device": "cpu"})]
     with h5py.File(output) as file:
         assert file["desc1"]["0"].shape == (50, 256)
+        assert json.loads(file.attrs["settings"])["weights"] == "0123"
 
 
 def test_image_without_keypoints(spoilt, output):
@@ -340,6 +349,125 @@ def test_parts_of_other_settings_are_refused(spoilt, output, capsys):
     assert_error(capsys, dump(spoilt, output, "--resize", "100"), "resize [], now it is [100]")
 
 
+def test_full_disk_is_one_line_and_loses_nothing(raw, finished, output):
+    """No file may grow to the size of an image's features, then to that of them all."""
+    for limit in (100_000, 300_000):
+        script = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " \
+                 "from dump.dump import main; from tools.cli import run; sys.exit(run(main))"
+        result = subprocess.run([sys.executable, "-c", script, *arguments(raw, output)], cwd=ROOT, capture_output=True,
+                                text=True)
+        assert result.returncode == 2
+        assert result.stderr == f"error: cannot write {output}: File too large; what is done is kept\n"
+        assert {path.suffix for path in output.parent.iterdir()} == {".yaml", ".parts"}
+        assert len(list(Path(f"{output}.parts").rglob("*.jpg.npy"))) == (0 if limit == 100_000 else N)
+    assert dump(raw, output) == 0
+    assert output.read_bytes() == finished.read_bytes()
+
+
+# several at once
+
+@pytest.mark.parametrize("n_shards", [2, 4])
+def test_shards_at_once_end_with_the_same_bytes(raw, finished, output, n_shards):
+    """Each makes features, one run without --shard joins them and makes none."""
+    processes = [subprocess.Popen([sys.executable, "-m", "dump.dump", *arguments(raw, output), "--shard",
+                                   f"{i}/{n_shards}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                 for i in range(n_shards)]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * n_shards
+    assert sorted(text.split(" are in ")[0] for text in printed) == sorted(
+        f"features of {len(range(i, N, n_shards))} images" for i in range(n_shards))
+    assert not output.exists()
+    parts = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").rglob("*.jpg.npy")}
+    assert len(parts) == N
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dump.dump.finish_view", None)
+        assert dump(raw, output) == 0
+    assert output.read_bytes() == finished.read_bytes()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["eval.hdf5", "eval.yaml"]
+
+
+def test_shard_lists_its_bad_images_and_the_join_does_again(spoilt, output, capsys):
+    (spoilt / "yfcc100m/square/test/images/im1.jpg").write_bytes(b"no image")
+    assert [dump(spoilt, output, "--shard", f"{i}/2") for i in range(2)] == [0, 1]
+    captured = capsys.readouterr()
+    assert "im1.jpg: not a readable image" in captured.err and "features of 0 images" in captured.out
+    assert dump(spoilt, output) == 1
+    assert "its 2 pairs are left out" in capsys.readouterr().err
+
+
+def test_torchrun_makes_the_file(spoilt, output):
+    """One command: its processes share the features, and one joins them. Another, which has skipped an image, does not
+    end before, because its status would have torchrun kill them all."""
+    (spoilt / "yfcc100m/square/test/images/im1.jpg").unlink()
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                             "-m", "dump.dump", *arguments(spoilt, output)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "features of 0 images" in result.stdout and "2 of 4 pairs" in result.stdout, result.stderr
+    one = output.read_bytes()
+    output.unlink()
+    assert dump(spoilt, output) == 1
+    assert output.read_bytes() == one
+
+
+def test_processes_of_torchrun_meet_before_the_join_and_at_the_end(raw, output, monkeypatch):
+    """Here the first of one."""
+    met = []
+    monkeypatch.setattr("dump.dump.wait_for_all", lambda point: met.append(output.exists()))
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert dump(raw, output) == 0
+    assert met == [False, True]
+
+
+def test_wait_for_all(monkeypatch):
+    store, events = torch.distributed.HashStore(), []
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    shards.wait_for_all("here")  # not under torchrun: there is nobody to wait for
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def first():
+        shards.wait_for_all("here")
+        events.append("first goes on")
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(first)
+        time.sleep(0.1)  # until it waits; a shorter time could only hide a failure
+        events.append("second comes")
+        shards.wait_for_all("here")
+        done.result(20)
+    assert events == ["second comes", "first goes on"]
+
+
+def test_second_dump_is_refused(raw, output, capsys):
+    output.parent.mkdir()
+    for lock, refused in ((".eval.hdf5.lock", ([], ["--shard", "0/2"])), (".eval.hdf5.0.lock", (["--shard", "0/2"],))):
+        with contextlib.closing(open(output.parent / lock, "a")) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for shard in refused:
+                assert_error(capsys, dump(raw, output, *shard), "another process writes", "--shard")
+    with contextlib.closing(open(output.parent / ".eval.hdf5.lock", "a")) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as a shard does
+        assert_error(capsys, dump(raw, output), "another process writes")
+        assert dump(raw, output, "--shard", "1/2") == 0
+
+
+def test_report(spoilt, output, tmp_path, capsys):
+    (spoilt / "yfcc100m/square/test/images/im1.jpg").unlink()
+    path = tmp_path / "report.json"
+    assert dump(spoilt, output, "--report", str(path)) == 1
+    report = json.loads(path.read_text())
+    assert {name: report[name] for name in ("images", "pairs_tried", "pairs", "rejected")} == {
+        "images": 2, "pairs_tried": 4, "pairs": 2, "rejected": {"image_left_out": 2}}
+    assert report["megabytes_per_image"] == pytest.approx(output.stat().st_size / 2e6)
+    assert len(report["skipped"]) == 1 and min(report[name] for name in ("seconds", "images_per_second",
+                                                                        "pairs_per_second", "peak_memory_mb")) > 0
+    assert "2 images, 2 of 4 pairs" in capsys.readouterr().out
+    assert dump(spoilt, output, "--report", str(path)) == 1
+    again = json.loads(path.read_text())
+    assert again["images_per_second"] is None and again["skipped"] == report["skipped"] and again["pairs"] == 2
+
+
+# what is there
+
 def test_finished_file_is_kept(raw, finished, output, capsys):
     output.parent.mkdir()
     shutil.copy(finished, output)
@@ -355,6 +483,59 @@ def test_something_else_is_not_overwritten(raw, output, capsys):
     output.write_bytes(b"my thesis")
     assert_error(capsys, dump(raw, output), "no finished dump")
     assert output.read_bytes() == b"my thesis"
+
+
+def verify(output, raw):
+    return dump(raw, output, "--verify")
+
+
+def test_verify_good(raw, finished, output, capsys):
+    output.parent.mkdir()
+    shutil.copy(finished, output)
+    assert verify(output, raw) == 0
+    assert "4 pairs read, 0 problems" in capsys.readouterr().out
+
+
+def in_place(change):
+    def spoil(path):
+        with h5py.File(path, "a") as file:
+            change(file)
+    return spoil
+
+
+def replace(name, value):
+    def change(file):
+        del file[name]
+        file[name] = value
+    return in_place(change)
+
+
+IM0 = "images/yfcc100m/square/test/images/im0.jpg"
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (replace("R/2", np.full((3, 3), np.nan)), "pair 2: R has values that are not finite"),
+    (replace("K1/0", np.eye(2)), "pair 0: K1 is (2, 2), not (3, 3)"),
+    (in_place(lambda file: file.__delitem__("T/3")), "T: 3 pairs, not 0 to 3"),
+    (in_place(lambda file: file.__delitem__("desc2")), "desc2: 0 pairs, not 0 to 3"),
+    (replace(f"{IM0}/desc", np.zeros((299, 128), np.float32)), "desc is (299, 128), not (300, 128)"),
+    (in_place(lambda file: file.__delitem__(f"{IM0}/size")), "size is missing, not (2,)"),
+    (replace("kpt1/1", np.zeros((300, 3), np.float32)), "pair 1: kpt1 is not that of its image"),
+])
+def test_verify_finds(raw, finished, output, capsys, spoil, words):
+    output.parent.mkdir()
+    shutil.copy(finished, output)
+    spoil(output)
+    assert verify(output, raw) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_verify_no_dump(raw, finished, output, capsys):
+    output.parent.mkdir()
+    assert_error(capsys, verify(output, raw), "no finished dump, or damaged")
+    for content in (b"x", finished.read_bytes()[:-5000]):
+        output.write_bytes(content)
+        assert_error(capsys, verify(output, raw), "no finished dump, or damaged")
 
 
 # bad input

@@ -1,5 +1,7 @@
 """dump.dump_megadepth: the records, going on after an interruption, verification, bad input."""
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -7,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,13 +21,24 @@ import numpy as np
 import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
-from dump import workers
-from dump.dump_megadepth import candidate_pairs, dump_megadepth, main, match_pairs, recipe_of, verify_dump
+from dump import shards, workers
+from dump.dump_megadepth import (
+    ImageTask,
+    candidate_pairs,
+    dump_megadepth,
+    dump_scene,
+    finish_view,
+    main,
+    match_pairs,
+    recipe_of,
+    verify_dump,
+)
 from tools.cli import InputError, run
+from tools.correspondences import match_by_projection
 from tools.features import Features, Sift
 from tools.files import read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
-from tools.manifest import keypoint_path, load_dump, match_path
+from tools.manifest import InUse, keypoint_path, load_dump, locked, match_path
 from tools.records import read_record, write_record
 from tools.scene_info import load_scene_info, write_scene_info
 
@@ -166,11 +182,13 @@ def test_any_number_of_workers_gives_the_same(pristine, finished, tmp_path):
     assert files_of(tmp_path / "out") == files_of(finished)
 
 
-def test_network_stays_in_the_parent(pristine, tmp_path, monkeypatch):
-    """spp: one extractor, here, on the device asked for; files are read by a thread, results stay in order."""
+def test_network(pristine, tmp_path, monkeypatch):
+    """spp: one extractor, on the device asked for."""
     built = []
 
     class Network:
+        weights_hash, batch_pixels = "0123", 0
+
         def __init__(self, feature_type, **settings):
             built.append((feature_type, settings))
 
@@ -184,6 +202,7 @@ def test_network_stays_in_the_parent(pristine, tmp_path, monkeypatch):
     assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"})]
     record = read_record(tmp_path / "keypoints" / "0000" / "2.jpg_spp.npy")
     assert record["image_path"].endswith("/2.jpg") and record["descriptors"].shape[1] == 256
+    assert load_dump(tmp_path)["settings"]["weights"] == "0123"
     assert verify_dump(tmp_path)[1] == []
 
 
@@ -221,12 +240,150 @@ def test_killed_anywhere_ends_with_the_same_bytes(pristine, finished, tmp_path, 
         while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < until:
             time.sleep(0.01)
         assert not any(os.path.exists(f"/proc/{child}") for child in children), "workers outlive a killed parent"
-    for stray in ("keypoints/0001/.x.1.tmp.npy", "matches/0001/.1.1.tmp.npy", "scenes/.0001.1.tmp.json"):
-        (out / stray).parent.mkdir(parents=True, exist_ok=True)
-        (out / stray).write_bytes(b"half")
-        (out / "scenes" / "0001.json").unlink(missing_ok=True)
     assert dump(pristine, out) == 0
     assert files_of(out) == files_of(finished)
+
+
+def test_what_a_killed_run_left_half_written_goes(pristine, finished, out):
+    (out / "scenes" / "0001.json").unlink()
+    (out / "dump.json").unlink()
+    for folder in ("keypoints", "matches", "scenes"):  # killed before the manifest was whole, there is no such folder
+        (out / folder).rename(out / f"aside_{folder}")
+    (out / ".dump.1.tmp.json").write_bytes(b"half")
+    (out / ".dump.json.lock").touch()
+    assert dump(pristine, out, "--shard", "2/3") == 0  # no scene: the manifest only
+    for folder in ("keypoints", "matches", "scenes"):
+        (out / f"aside_{folder}").rename(out / folder)
+    for stray in ("keypoints/0001/.x.1.tmp.npy", "matches/0001/.1.1.tmp.npy", "scenes/.0001.1.tmp.json", ".0000.lock",
+                  ".0001.lock"):
+        (out / stray).write_bytes(b"half")
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+def test_worker_of_a_parent_that_died_meanwhile_does_nothing(tmp_path):
+    """Killed while its workers start, a parent leaves tasks in their queue."""
+    script = ("import multiprocessing as m, os, sys, threading; from dump import workers; from pathlib import Path\n"
+              "class Dead:\n    def join(self): threading.Event().wait()\n    def is_alive(self): return False\n"
+              "m.parent_process = Dead; workers._start_worker(); Path(sys.argv[1]).touch()")
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "done"], cwd=ROOT).returncode == 1
+    assert not (tmp_path / "done").exists()
+
+
+# several at once
+
+@contextlib.contextmanager
+def held(path):
+    """The lock file `path`, held by somebody else."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def test_second_dump_of_a_scene_is_refused(pristine, finished, tmp_path, capsys):
+    """One line, nothing of that scene is touched; other scenes can be dumped beside it."""
+    out = tmp_path / "out"
+    assert dump(pristine, out, "--shard", "0/2") == 0
+    with held(out / ".0001.lock"):
+        before = files_of(out)
+        capsys.readouterr()
+        for shard in ([], ["--shard", "1/2"]):
+            assert_error(capsys, dump(pristine, out, *shard), "another process writes scene 0001 of", "--shard")
+        assert files_of(out) == before
+        assert dump(pristine, out, "--shard", "0/2") == 0
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+def test_two_processes_never_write_one_scene(pristine, finished, tmp_path):
+    out = tmp_path / "out"
+    processes = [start(pristine, out, "--workers", "1") for _ in range(2)]
+    outcomes = [(process.communicate()[1], process.returncode) for process in processes]
+    for errors, status in outcomes:
+        assert status == 0 or (status == 2 and "another process writes scene" in errors and errors.count("\n") == 1)
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+def test_lock(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path), pytest.raises(InUse, match="taken"), locked(path, "taken"):
+        pass
+    assert not path.exists()
+    with locked(path, shared=True), locked(path, "taken", shared=True):
+        with pytest.raises(InUse), locked(path, "taken"):
+            pass
+    assert not path.exists()
+    with locked(path, shared=True):
+        with locked(path, "taken", shared=True):
+            pass
+        with pytest.raises(InUse), locked(path, "taken"):  # the first who leaves must not remove it
+            pass
+
+
+def test_lock_is_not_held_on_a_file_that_was_removed(tmp_path):
+    """Who waits for a lock gets the file that the holder removes: then it is the next one's turn to make it."""
+    path, held_by_second, release = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def second():
+        with locked(path):
+            held_by_second.set()
+            release.wait()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(path):
+            pool.submit(second)
+            time.sleep(0.1)  # until it waits; a shorter time could only hide a failure
+        try:
+            assert held_by_second.wait(10)
+            with pytest.raises(InUse), locked(path, "taken"):
+                pass
+        finally:
+            release.set()
+
+
+def test_file_system_without_locks(pristine, finished, tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert dump(pristine, tmp_path / "out") == 0
+    assert "this file system has no locks" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == files_of(finished)
+
+
+# shards
+
+def test_shards_at_once_end_with_the_same_bytes(pristine, finished, tmp_path):
+    out = tmp_path / "out"
+    processes = [start(pristine, out, "--workers", "1", "--shard", f"{i}/3") for i in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
+    assert files_of(out) == files_of(finished)
+
+
+def test_shards_one_after_the_other(pristine, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    for i, scenes in ((1, ["0001"]), (0, ["0000", "0001"])):
+        assert dump(pristine, out, "--shard", f"{i}/2") == 0
+        assert f"shard {i}/2:\n1 scenes, 4 of 4 images" in capsys.readouterr().out
+        assert list(load_dump(out)["scenes"]) == scenes
+    assert files_of(out) == files_of(finished)
+
+
+def test_torchrun_is_a_shard(pristine, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr("dump.dump_megadepth.wait_for_all", waited.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
+    assert workers.available_cores() == 1
+    assert dump(pristine, tmp_path) == 0
+    assert list(load_dump(tmp_path)["scenes"]) == ["0001"] and len(waited) == 1
+    assert shards.parse_shard("3/5") == (3, 5)
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "1/0", "a/b", ""])
+def test_bad_shard(pristine, tmp_path, capsys, shard):
+    assert_error(capsys, dump(pristine, tmp_path / "out", f"--shard={shard}"), f"--shard {shard}: expected I/N")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number, n_workers", [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
@@ -239,7 +396,7 @@ def test_signal_stops_cleanly(tmp_path, number, n_workers):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == "stopped\n"
     assert not list(out.rglob(".*"))
     assert not (out / "scenes").exists()
@@ -277,15 +434,101 @@ def test_changed_data_is_noticed(base, out, capsys):
     assert not (out / "scenes" / "0000.json").exists()
 
 
-def test_full_disk_is_one_line(pristine, tmp_path):
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
-            "from dump.dump_megadepth import main; from tools.cli import run; sys.exit(run(main))"
-    result = subprocess.run([sys.executable, "-c", limit, "--base_path", pristine, "--save_path", tmp_path,
-                             "--workers", "1", *ARGUMENTS], cwd=ROOT, capture_output=True, text=True)
+LIMITED = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
+          "from dump.{} import main; from tools.cli import run; sys.exit(run(main))"
+
+
+@pytest.mark.parametrize("n_workers", ["1", "2"])
+def test_full_disk_is_one_line_and_loses_nothing(pristine, finished, out, n_workers):
+    """No file may grow to the size of a keypoint record."""
+    for path in ("scenes/0001.json", "keypoints/0001/0.jpg_sift.npy"):
+        (out / path).unlink()
+    before = files_of(out)
+    result = subprocess.run([sys.executable, "-c", LIMITED.format("dump_megadepth"), "--base_path", pristine,
+                             "--save_path", out, "--workers", n_workers, *ARGUMENTS], cwd=ROOT, capture_output=True,
+                            text=True)
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     assert result.returncode == 2
-    assert result.stderr.startswith("error: cannot write to") and result.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("*/*/*"))
+    assert result.stderr == f"error: cannot write to {out}: File too large; what is done is kept\n"
+    assert files_of(out) == before
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+# size, memory, counts
+
+def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
+    rng = np.random.default_rng(0)
+    features = Features(*(rng.random(shape, np.float32) for shape in ((4096, 2), 4096, (4096, 256))), (1600, 1200))
+    paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
+             ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
+    task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
+    assert finish_view(task, (None, np.ones((1200, 1600), np.float32)), features)
+    assert task.record_path.stat().st_size <= 2.3e6
+    record = read_record(task.record_path)
+    np.testing.assert_allclose(record["descriptors"], features.descriptors, atol=5e-4)
+    np.testing.assert_array_equal(record["keypoints"], features.keypoints)
+
+
+def test_matching_4096_keypoints_takes_at_most_50_MB():
+    rng = np.random.default_rng(0)
+    view = rng.random((4096, 2)) * 1000, np.full(4096, 4.0), K, np.eye(4)
+    tracemalloc.start()
+    match_by_projection(*view, *view)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_memory_does_not_grow_with_the_scene(tmp_path):
+    """16 images and 240 pairs need no more than 4 and 12, but for 100 bytes a pair and 10 KB an image."""
+    peaks = {}
+    write_megadepth(tmp_path / "base", "4")
+    info = load_scene_info(tmp_path / "base" / "scene_info" / "4.0.npz")
+    larger = {name: list(values) * 4 if values.ndim == 1 else np.tile(values, (4, 4)) for name, values in info.items()}
+    larger["image_paths"] = [path.replace(".jpg", f"_{i // 4}.jpg") for i, path in enumerate(larger["image_paths"])]
+    for path, copy in zip(list(info["image_paths"]) * 4, larger["image_paths"]):
+        shutil.copyfile(tmp_path / "base" / path, tmp_path / "base" / copy)
+    write_scene_info(tmp_path / "base" / "scene_info" / "16.0.npz", larger)
+    recipe = recipe_of("sift", 50, max_keypoints=100)
+    for n in (4, 4, 16):  # the first time, things are set up that stay
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        tracemalloc.start()
+        counts = dump_scene(f"{n}", tmp_path / "base" / "scene_info" / f"{n}.0.npz", tmp_path / "base",
+                            tmp_path / "out", recipe)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert counts["images"] == 16 and counts["candidate_pairs"] == 240 and counts["pairs"] > 150
+    image_and_depth = SIZE[0] * SIZE[1] * 5
+    assert peaks[4] > image_and_depth
+    assert peaks[16] - peaks[4] < 12 * 10_000 + 228 * 100 < image_and_depth / 2
+
+
+def test_report(base, tmp_path, capsys):
+    (base / "Undistorted_SfM" / "0000" / "images" / "1.jpg").write_bytes(b"no image")
+    report_path = tmp_path / "reports" / "dump.json"
+    assert dump(base, tmp_path / "out", "--report", str(report_path)) == 1
+    report = json.loads(report_path.read_text())
+    printed = capsys.readouterr().out
+    assert list(report) == ["images", "pairs_tried", "pairs", "rejected", "skipped", "seconds", "images_per_second",
+                            "pairs_per_second", "megabytes_per_image", "peak_memory_mb"]
+    assert report["images"] == 7 and report["pairs_tried"] == 24
+    assert report["pairs"] == 24 - sum(report["rejected"].values()) > 0
+    assert report["rejected"]["image_left_out"] == 6
+    assert [name for name, _ in report["skipped"]] == ["0000 Undistorted_SfM/0000/images/1.jpg"]
+    sizes = [path.stat().st_size for path in (tmp_path / "out" / "keypoints").glob("*/*")]
+    assert report["megabytes_per_image"] == pytest.approx(sum(sizes) / 7 / 1e6)
+    assert 20 < report["peak_memory_mb"] < 20_000 and report["seconds"] > 0
+    assert report["images_per_second"] >= 8 / report["seconds"] and report["pairs_per_second"] > 0
+    assert f"{report['images_per_second']:.2f} images/s" in printed and "7 of 8 images" in printed
+    # rates are of the run, counts of the dump; the report is no part of the dump
+    assert dump(base, tmp_path / "out", "--report", str(report_path)) == 1
+    again = json.loads(report_path.read_text())
+    assert again["images_per_second"] is None and again["pairs_per_second"] is None
+    assert {name: again[name] for name in list(report)[:5]} == {name: report[name] for name in list(report)[:5]}
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert_error(capsys, dump(base, tmp_path / "out", "--report", str(tmp_path / "file" / "x")), "--report")
 
 
 # workers
@@ -297,6 +540,105 @@ def test_look_ahead_is_bounded():
         assert [next(results) for _ in range(10)] == list(range(10))
         assert next(tasks) == 10 + 6
         assert list(results) == [task for task in range(10, 100) if task != 16]
+
+
+class BatchNetwork:
+    """A network that takes 100 pixels together; an image's features are its first pixel and what it came with."""
+
+    batch_pixels = 100
+
+    def __init__(self):
+        self.batches = []
+
+    def extract_batch(self, images):
+        self.batches.append([int(image[0, 0]) for image in images])
+        return [(int(image[0, 0]), len(images)) for image in images]
+
+    def __call__(self, image):
+        return self.extract_batch([image])[0]
+
+
+def in_batches(monkeypatch, sizes, done=(), bad=(), real_sizes=None, shard=None):
+    """What becomes of images 0 .. n-1 of these sizes, and the batches that a network gets."""
+    network, real_sizes = BatchNetwork(), real_sizes or sizes
+    monkeypatch.setattr(workers, "extractor", lambda *recipe: network)
+    batches = workers.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
+    found = dict(workers.each_image(
+        None, 2, ("spp",), batches, done.__contains__,
+        load=lambda i: "bad" if i in bad else (np.full(real_sizes[i][::-1], i), "loaded"),
+        finish=lambda i, loaded, features: (*features, loaded[1])))
+    return found, network.batches
+
+
+def test_images_of_one_size_make_a_batch(monkeypatch):
+    sizes = [(5, 8), (8, 5), (5, 8), (20, 20), (5, 8), (8, 5)]
+    found, batches = in_batches(monkeypatch, sizes)
+    assert batches == [[0, 2], [4], [1, 5], [3]]
+    assert found == {0: (0, 2, "loaded"), 2: (2, 2, "loaded"), 4: (4, 1, "loaded"), 1: (1, 2, "loaded"),
+                     5: (5, 2, "loaded"), 3: (3, 1, "loaded")}
+
+
+def test_batches_are_the_same_whatever_is_done(monkeypatch):
+    """A batch that is done in part is extracted as a whole, and the rest of it is what becomes of it."""
+    found, batches = in_batches(monkeypatch, [(5, 5)] * 11, done={0, 1, 2, 3, 5, 9})
+    assert batches == [[4, 5, 6, 7], [8, 9, 10]]
+    assert found == {i: (i, 4 if i < 8 else 3, "loaded") for i in (4, 6, 7, 8, 10)}
+
+
+def test_shards_deal_out_whole_batches(monkeypatch):
+    sizes = [(5, 5)] * 9 + [(6, 5)] * 4
+    whole, batches = in_batches(monkeypatch, sizes)
+    parts = [in_batches(monkeypatch, sizes, shard=(i, 3)) for i in range(3)]
+    assert [batch for _, dealt in parts for batch in dealt] == batches[0::3] + batches[1::3] + batches[2::3]
+    assert {**parts[0][0], **parts[1][0], **parts[2][0]} == whole and sum(len(found) for found, _ in parts) == 13
+
+
+def test_bad_images_and_headers_in_a_batch(monkeypatch):
+    found, batches = in_batches(monkeypatch, [(5, 5)] * 4, bad={0, 2})
+    assert found[0] == found[2] == "bad" and batches == [[1, 3]] and found[3] == (3, 2, "loaded")
+    found, batches = in_batches(monkeypatch, [(5, 5)] * 4, real_sizes=[(5, 5), (5, 5), (6, 5), (5, 5)])
+    assert batches == [[0], [1], [2], [3]] and sorted(found) == [0, 1, 2, 3]
+    assert in_batches(monkeypatch, [None, None], real_sizes=[(5, 5)] * 2)[1] == [[0], [1]]
+
+
+def test_few_images_are_held_at_a_time(monkeypatch):
+    """Two for each thread that reads, and a batch."""
+    held, most = set(), 0
+
+    class Image(np.ndarray):
+        pass
+
+    def load(i):
+        nonlocal most
+        image = np.full((5, 5), i).view(Image)
+        held.add(i)
+        weakref.finalize(image, held.discard, i)
+        most = max(most, len(held))
+        return (image,)
+    monkeypatch.setattr(workers, "extractor", lambda *recipe: BatchNetwork())
+    batches = workers.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
+    assert len(list(workers.each_image(None, 2, ("spp",), batches, set().__contains__, load,
+                                       lambda i, loaded, features: None))) == 60
+    assert 4 < most <= 2 * 2 + 3 * 4  # what is read ahead, the batch, and the last one until it is replaced
+
+
+def test_header_size(tmp_path):
+    write_image(tmp_path / "a.jpg", np.zeros((20, 30), np.uint8))
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    assert workers.header_size(tmp_path / "a.jpg") == (30, 20)
+    assert workers.header_size(tmp_path / "b.jpg") is workers.header_size(tmp_path / "c.jpg") is None
+
+
+def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
+    built = []
+    monkeypatch.setattr(workers, "_extractor", lambda feature_type, settings: built.append(dict(settings)["device"]))
+    monkeypatch.setattr("tools.distributed.choose_devices", lambda gpu: ["cuda:0", "cuda:1"])
+    workers.extractor("spp", {})
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    workers.extractor("spp", {})
+    workers.extractor("spp", {}, "cpu")
+    assert built == ["auto", "cuda:1", "cpu"]
 
 
 def test_workers_take_one_core_and_may_die():

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2  # before pycolmap: in the other order writing a PNG crashes
 import numpy as np
@@ -17,10 +18,11 @@ pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is an optional extra
 
 import dump.preprocess_megadepth  # noqa: E402  after the skip, and pycolmap after cv2
 from dump.dump_megadepth import candidate_pairs  # noqa: E402
-from dump.preprocess_megadepth import main, preprocess_megadepth  # noqa: E402
+from dump.preprocess_megadepth import main, preprocess_megadepth, read_model  # noqa: E402
 from tools.cli import InputError, run  # noqa: E402
 from tools.files import read_image, write_depth, write_image  # noqa: E402
 from tools.geometry import project  # noqa: E402
+from tools.manifest import locked  # noqa: E402
 from tools.scene_info import load_scene_info  # noqa: E402
 
 W, H = 320, 240
@@ -182,14 +184,6 @@ def test_matrices_equal_the_definition(done):
     assert len(overlaps) > 8  # different in both directions: a transposed matrix would show
 
 
-def test_pairs_that_share_nothing():
-    overlap, scale_ratio = dump.preprocess_megadepth.pair_matrices(
-        [np.array([0, 1]), np.array([2]), np.array([1, 2, 3]), np.zeros(0, int)],
-        [np.array([1.0, 2.0]), np.array([1.0]), np.array([1.0, 4.0, 1.0]), np.zeros(0)], 4)
-    np.testing.assert_allclose(overlap, [[1, 0, 1 / 2, -1], [0, 1, 1, -1], [1 / 3, 1 / 3, 1, -1], [-1] * 4])
-    np.testing.assert_allclose(scale_ratio, [[1, -1, 2, -1], [-1, 1, 4, -1], [2, 4, 1, -1], [-1] * 4])
-
-
 def test_points_behind_a_camera_are_not_seen():
     camera = pycolmap.Camera(model="PINHOLE", width=100, height=80, params=[100, 100, 50, 40], camera_id=1)
     model = pycolmap.Reconstruction()
@@ -253,8 +247,10 @@ def test_a_killed_undistortion_leaves_nothing_that_counts(tmp_path, monkeypatch)
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"half")
 
-    def stop(*arguments):
-        raise KeyboardInterrupt
+    def stop(folder):
+        if ".0000.tmp" in str(folder):
+            raise KeyboardInterrupt
+        return read_model(folder)
     with monkeypatch.context() as patch:
         patch.setattr(dump.preprocess_megadepth, "read_model", stop)
         assert command(tmp_path) == 130
@@ -323,11 +319,23 @@ def test_bad_scenes_are_listed_and_the_others_done(tmp_path, capsys):
     assert command(tmp_path) == 1
     output = capsys.readouterr()
     assert "1 scenes complete" in output.out and "5 scenes skipped" in output.err
-    for reason in ("0001: cannot undistort", "0002: no COLMAP model", "0003: no readable image",
+    for reason in ("0001: no readable COLMAP model", "0002: no COLMAP model", "0003: no readable image",
                    "0004: no image of scene 0004 has", "0005: "):
         assert reason in output.err
     assert [path.name for path in (tmp_path / "scene_info").iterdir()] == ["0000.0.npz"]
     assert sorted(path.name for path in (tmp_path / "Undistorted_SfM").iterdir()) == ["0000", "0004", "0005"]
+
+
+def test_shards_share_the_scenes_and_one_process_is_at_each(tmp_path, capsys):
+    for scene in ("0000", "0001", "0002"):
+        write_raw(tmp_path, scene)
+    assert command(tmp_path, "--shard", "1/2") == 0
+    assert [path.name for path in (tmp_path / "scene_info").iterdir()] == ["0001.0.npz"]
+    with locked(tmp_path / "Undistorted_SfM" / ".0002.lock"):
+        assert command(tmp_path, "--shard", "0/2") == 2
+        assert "another process is at scene 0002" in capsys.readouterr().err
+    assert command(tmp_path, "--shard", "0/2") == 0 and "2 scenes complete" in capsys.readouterr().out
+    assert len(list((tmp_path / "scene_info").iterdir())) == len(list((tmp_path / "Undistorted_SfM").iterdir())) == 3
 
 
 def test_distorted_models_are_not_taken_for_undistorted_ones(tmp_path):
@@ -359,6 +367,24 @@ def test_an_image_that_could_not_be_written_stops_the_scene(tmp_path, monkeypatc
     monkeypatch.setattr(pycolmap, "undistort_images", full_disk)
     complete, skipped = preprocess_megadepth(tmp_path)
     assert not complete and "is the disk full?" in skipped[0][1]
+    assert list((tmp_path / "Undistorted_SfM").iterdir()) == []
+
+
+def test_full_disk(tmp_path, monkeypatch, capsys):
+    """No file may grow: pycolmap does not say so. If the disk is indeed full, the other scenes are not tried."""
+    for scene in ("0000", "0001"):
+        write_raw(tmp_path, scene)
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " \
+             "from dump.preprocess_megadepth import main; from tools.cli import run; sys.exit(run(main))"
+    result = subprocess.run([sys.executable, "-c", script, "--base_path", tmp_path, "--workers", "1"], text=True,
+                            cwd=Path(__file__).parents[1], capture_output=True)
+    assert result.returncode == 2 and result.stderr.count("is the disk full?") == 2
+    assert list((tmp_path / "Undistorted_SfM").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(pycolmap, "undistort_images", lambda *arguments, **options: None)
+    assert command(tmp_path) == 2
+    assert capsys.readouterr().err == \
+        f"error: cannot write to {tmp_path}: No space left on device; what is done is kept\n"
     assert list((tmp_path / "Undistorted_SfM").iterdir()) == []
 
 

@@ -1,12 +1,17 @@
 """SuperPoint features all the way, with random weights: scene -> dump -> EIMP training -> evaluation."""
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from golden.fill import fill_
+from plane_scene import files_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -80,6 +85,77 @@ def test_dump(training_dump):
         assert (np.diff(record["scores"]) <= 0).all()
 
 
+def spp_dump(root, out):
+    return run(dump_megadepth.main, ["--feature_type", "spp", "--base_path", str(root / "scenes" / "megadepth"),
+                                     "--save_path", str(out), "--min_keypoints", str(MIN_KEYPOINTS),
+                                     "--device", "cpu", "--workers", "1"])
+
+
+def test_dump_in_batches(root, training_dump, tmp_path, monkeypatch):
+    """As on a GPU: the same features as one image at a time, and the same bytes after an interruption."""
+    recipe = dump_megadepth.recipe_of("spp", device="cpu")
+    network, batches = workers.extractor(*recipe.of_extractor), []
+    extract_batch = network.extract_batch
+    monkeypatch.setattr(network, "batch_pixels", 2 * 160 * 124)
+    monkeypatch.setattr(network, "extract_batch", lambda images: batches.append(len(images)) or extract_batch(images))
+    assert spp_dump(root, tmp_path / "dump") == 0
+    assert batches == [2, 2, 1]
+    for path in (training_dump / "keypoints" / "0000").iterdir():
+        one, other = read_record(path), read_record(tmp_path / "dump" / "keypoints" / "0000" / path.name)
+        np.testing.assert_array_equal(other["keypoints"], one["keypoints"])
+        np.testing.assert_allclose(other["scores"], one["scores"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(other["descriptors"].astype(float), one["descriptors"], rtol=0, atol=1e-3)
+        np.testing.assert_array_equal(other["depth"], one["depth"])
+    finished = files_of(tmp_path / "dump")
+    (tmp_path / "dump" / "scenes" / "0000.json").unlink()
+    min((tmp_path / "dump" / "keypoints" / "0000").iterdir()).unlink()
+    assert spp_dump(root, tmp_path / "dump") == 0
+    assert batches == [2, 2, 1, 2] and files_of(tmp_path / "dump") == finished
+
+
+PATCHED_COMMAND = """
+import sys
+from pathlib import Path
+from tools import checkpoint
+checkpoint.WEIGHTS = Path(sys.argv[1])  # in the workers, too: they run what is outside of the condition below
+from dump.dump_megadepth import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_number_of_workers_and_threads_does_not_matter(root, training_dump, tmp_path):
+    """Dumps on machines with other numbers of cores end with the same bytes."""
+    threads = torch.get_num_threads()
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        try:
+            assert spp_dump(root, tmp_path / f"{n}") == 0
+            assert torch.get_num_threads() == n
+        finally:
+            torch.set_num_threads(threads)
+        assert files_of(tmp_path / f"{n}") == files_of(training_dump)
+    (tmp_path / "command.py").write_text(PATCHED_COMMAND)
+    subprocess.run([sys.executable, tmp_path / "command.py", root, "--feature_type", "spp", "--base_path",
+                    root / "scenes" / "megadepth", "--save_path", tmp_path / "dump", "--min_keypoints",
+                    str(MIN_KEYPOINTS), "--device", "cpu", "--workers", "2"], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "3", "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert files_of(tmp_path / "dump") == files_of(training_dump)
+
+
+def test_other_weights_are_refused(root, training_dump, tmp_path, monkeypatch, capsys):
+    """The same in another file are not: the hash is of what they are."""
+    state = fill_(SuperPoint(), "random").state_dict()
+    for weights, status in (({"model": state}, 0), (fill_(SuperPoint(), "others").state_dict(), 2)):
+        torch.save(weights, tmp_path / checkpoint.SUPERPOINT)
+        monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+        workers._extractor.cache_clear()
+        capsys.readouterr()
+        assert spp_dump(root, training_dump) == status
+    assert "was made with weights " in capsys.readouterr().err
+    workers._extractor.cache_clear()
+
+
 def test_training(trained):
     events = EventAccumulator(str(trained / "tensorboard"))
     events.Reload()
@@ -97,6 +173,8 @@ def test_evaluation(root, trained):
     assert dump.main(["--config", str(root / "eval.yaml"), "--device", "cpu", "--workers", "1"]) == 0
     with h5py.File(root / "pairs.hdf5") as file:
         assert file["desc1"]["0"].shape == (len(file["kpt1"]["0"]), 256)
+        settings = json.loads(file.attrs["settings"])
+    assert settings["weights"] == workers.weights_of("spp", dump_megadepth.FEATURE_SETTINGS["spp"], "cpu")["weights"]
     assert eval_imp.main(["--matching_method", "EIMP", "--dataset", "yfcc", "--feature_type", "spp", "--config",
                           str(root / "eval.yaml"), "--weights", str(trained / "latest.pth"), "--device", "cpu",
                           "--pictures", "0", "--save_path", str(root / "results")]) == 0

@@ -210,6 +210,23 @@ def test_wrong_weights(weights, tmp_path):
         Spp(weights=tmp_path / "more.pth")
 
 
+def test_batches_are_for_gpus(weights, monkeypatch):
+    assert Spp(weights=weights, device="cpu").batch_pixels == 0
+    monkeypatch.setattr("tools.distributed.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(checkpoint, "load_superpoint", lambda *arguments, **options: None)
+    assert Spp().batch_pixels >= 1600 * 1200
+
+
+def test_weights_hash(weights, tmp_path):
+    """Of what the weights are, not of the file."""
+    state = torch.load(weights)
+    torch.save({"model": dict(reversed(state.items()))}, tmp_path / "same.pth")
+    torch.save({**state, "convPb.bias": state["convPb.bias"] * 1.001}, tmp_path / "other.pth")
+    hashes = [Spp(weights=path, device="cpu").weights_hash
+              for path in (weights, tmp_path / "same.pth", tmp_path / "other.pth")]
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 16
+
+
 def test_bad_device(weights):
     with pytest.raises(InputError, match="unknown device 'tpu9'"):
         Spp(weights=weights, device="tpu9")

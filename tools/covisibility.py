@@ -1,5 +1,6 @@
 """Which images of a scene see the same surface, from their depth maps: the fields of a scene_info file (SPEC 2)."""
 import numpy as np
+from scipy.sparse import csc_matrix
 from tqdm import tqdm
 
 from tools.geometry import lift, project
@@ -71,7 +72,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
         "intrinsics": intrinsics,
         "poses": poses,
         "overlap_matrix": overlap,
-        "scale_ratio_matrix": scale_ratios(point_ids, point_ndepths, len(representatives)),
+        "scale_ratio_matrix": pair_matrices(point_ids, point_ndepths, len(representatives))[1],
         "angles": axis_angles(poses),
         "n_points3D": [len(ids) for ids in point_ids],
         "points3D_id_to_2D": [dict(zip(ids.tolist(), pixels.tolist()))
@@ -111,26 +112,27 @@ def is_seen(points: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarr
     return seen
 
 
-def scale_ratios(point_ids: list, point_ndepths: list, n_points: int) -> np.ndarray:
-    """Minimum over shared 3D points of max(nd_i / nd_j, nd_j / nd_i); -1 where none is shared. (n, n).
+def pair_matrices(point_indices: list, ndepths: list, n_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Overlap and scale ratio (SPEC 2) of n images, two (n, n) arrays.
 
-    point_ids: per image (N_i,) ids in [0, n_points); point_ndepths: per image (N_i,) depth / mean focal length.
+    point_indices: per image (M_i,) different indices in [0, n_points); ndepths: per image (M_i,) depth / mean focal
+    length, > 0. The overlap is -1 in row and column of an image without points, the scale ratio where no point is
+    shared. The work grows with the sum of the squared track lengths, not with n times the number of observations.
     """
-    n = len(point_ids)
-    ratios = np.full((n, n), -1.0)
-    lengths = np.array([len(ids) for ids in point_ids])
-    occupied = np.flatnonzero(lengths)  # reduceat has no notion of an empty segment
-    if not len(occupied):
-        return ratios
-    starts = (np.cumsum(lengths) - lengths)[occupied]
-    ids, ndepths = np.concatenate(point_ids), np.concatenate(point_ndepths)
-    for i in occupied:
-        own = np.full(n_points, np.inf)
-        own[point_ids[i]] = point_ndepths[i]
-        ratio = own[ids] / ndepths
-        smallest = np.minimum.reduceat(np.maximum(ratio, 1 / ratio), starts)
-        ratios[i, occupied] = np.where(np.isfinite(smallest), smallest, -1)
-    return ratios
+    n = len(point_indices)
+    counts = np.array([len(indices) for indices in point_indices])
+    owner, indices = np.repeat(np.arange(n), counts), np.concatenate([*point_indices, np.zeros(0, np.int64)])
+    seen = csc_matrix((np.concatenate([*ndepths, np.zeros(0)]), (owner, indices)), shape=(n, n_points))
+    overlap, scale_ratio = np.full((n, n), -1.0), np.full((n, n), -1.0)
+    for i in np.flatnonzero(counts):
+        tracks = seen[:, point_indices[i]]
+        ratio = np.repeat(ndepths[i], np.diff(tracks.indptr)) / tracks.data
+        smallest = np.full(n, np.inf)
+        np.minimum.at(smallest, tracks.indices, np.maximum(ratio, 1 / ratio))
+        scale_ratio[i] = np.where(np.isfinite(smallest), smallest, -1)
+        shared = np.bincount(tracks.indices, minlength=n)
+        overlap[i] = np.where(counts > 0, shared / counts[i], -1)
+    return overlap, scale_ratio
 
 
 def axis_angles(poses: list) -> np.ndarray:

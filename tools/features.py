@@ -1,4 +1,6 @@
 """Local features (SPEC 3): image -> Features."""
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import cv2
@@ -7,6 +9,9 @@ import numpy as np
 from tools.cli import InputError
 
 DESCRIPTOR_DIM = {"sift": 128, "spp": 256}
+# Pixels of a batch on a GPU: 13 images of 640x480, 2 of 1600x1200. A pixel takes 256 bytes in each of the network's
+# first layers, of which three or four are alive at a time.
+BATCH_PIXELS = 4_000_000
 
 
 @dataclass
@@ -24,6 +29,8 @@ class Sift:
 
     unique_locations: one keypoint per place (the first of its dominant orientations), see SPEC 3.
     """
+
+    batch_pixels = 0  # as of Spp
 
     def __init__(self, max_keypoints=4096, contrast_threshold=0.04, unique_locations=False):
         self.max_keypoints = max_keypoints
@@ -55,7 +62,8 @@ class Spp:
     """SuperPoint, the `max_keypoints` strongest.
 
     weights: its file; None is weights/superpoint_v1.pth, and InputError says so if it is missing. device: auto (a GPU
-    if there is one), cpu, cuda or cuda:N.
+    if there is one), cpu, cuda or cuda:N. The attribute batch_pixels says how many to give to extract_batch at a time;
+    0, one image, on the CPU, where batches gain nothing.
     """
 
     def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, device="auto", weights=None):
@@ -66,22 +74,34 @@ class Spp:
         self.device = choose_device(device)
         self.network = load_superpoint(weights, self.device, max_keypoints=max_keypoints,
                                        keypoint_threshold=keypoint_threshold, nms_radius=nms_radius)
+        self.batch_pixels = BATCH_PIXELS if self.device.type == "cuda" else 0
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """Short SHA-256 of the weights, the same for every file that holds them."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __call__(self, image: np.ndarray) -> Features:
         """image (H, W) uint8 -> Features with D = 256."""
         return self.extract_batch([image])[0]
 
     def extract_batch(self, images: list[np.ndarray]) -> list[Features]:
-        """Images (H, W) uint8, all of one size -> Features of each, with D = 256."""
+        """Images (H, W) uint8, all of one size -> Features of each, with D = 256.
+
+        The same batch gives the same bits again. Another device, batch or number of threads may round otherwise, which
+        also decides about keypoints at the threshold.
+        """
         import torch
 
         if not images:
             return []
         batch = torch.from_numpy(np.stack(images)).to(self.device).unsqueeze(1).float() / 255
         # TF32 convolutions, torch's default on a GPU, would find other keypoints there than on the CPU
-        cudnn = torch.backends.cudnn
-        with torch.inference_mode(), cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark,
-                                                 deterministic=cudnn.deterministic, allow_tf32=False):
+        with torch.inference_mode(), torch.backends.cudnn.flags(
+                enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
             found = self.network(batch)
         image_size = (images[0].shape[1], images[0].shape[0])
         arrays = zip(*([tensor.cpu().numpy() for tensor in found[name]]

@@ -5,7 +5,15 @@
       keypoints/<scene>/<image file name with extension>_<feature>.npy
       matches/<scene>/<i>.npy  i = 0 .. n-1
       scenes/<scene>.json      {"pairs": n, "images": m, ...}; written last: its presence says the scene is complete
+
+While a process writes a scene, OUT/.<scene>.lock is there too.
 """
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import sys
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
@@ -13,6 +21,56 @@ from tools.files import read_json, write_json
 
 FORMAT = "imp-dump"
 VERSION = 1
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+class InUse(InputError):
+    """Another process writes there."""
+
+
+@functools.cache
+def _warn_of_no_locks():
+    print("note: this file system has no locks: let no two processes write to one dump, other than its shards",
+          file=sys.stderr)
+
+
+def _flock(file, how) -> bool:
+    """Whether the lock was to be had; a file system without locks gives it to everyone."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks()
+    return True
+
+
+@contextlib.contextmanager
+def locked(path, busy: str | None = None, shared: bool = False):
+    """Hold the lock file `path` while the block runs: nobody else does, or, if `shared`, others who share it.
+
+    If somebody does, raise InUse with the message `busy`; without one, wait. The lock goes with its process, however
+    that ends; the file goes when the block ends, or when the next one does if a process was killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a"))
+            if not _flock(file, how):
+                raise InUse(busy)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            stack.close()  # its holder removed it meanwhile: what was locked is no longer the file of that name
+        try:
+            yield
+        finally:
+            if _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else others share it, and the last one removes it
+                path.unlink(missing_ok=True)
 
 
 def manifest_path(path) -> Path:
@@ -28,6 +86,11 @@ def scene_path(path, scene: str) -> Path:
 def keypoint_path(path, scene: str, image_path: str, feature_type: str) -> Path:
     """The keypoint record of the image that a match record calls `image_path`."""
     return Path(path) / "keypoints" / scene / f"{PurePosixPath(image_path).name}_{feature_type}.npy"
+
+
+def lock_path(path, scene: str) -> Path:
+    """The lock file of whoever writes `scene` of the dump `path`."""
+    return Path(path) / f".{scene}.lock"
 
 
 def match_path(path, scene: str, index: int) -> Path:
@@ -57,12 +120,15 @@ def claim(path, manifest: dict) -> None:
     Raises InputError if another setting or version made it, or if something else is in it.
     """
     file = manifest_path(path)
-    if not file.exists():
-        if Path(path).exists() and not Path(path).is_dir():
-            raise InputError(f"{path} is a file, not a folder to write to")
-        if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")) and not file.exists():
-            raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
-        write_json(file, manifest)
+    if Path(path).exists() and not Path(path).is_dir():
+        raise InputError(f"{path} is a file, not a folder to write to")
+    with locked(Path(path) / f".{file.name}.lock"):
+        for stray in Path(path).glob(f".{file.stem}.*.tmp{file.suffix}"):
+            stray.unlink()
+        if not file.exists():
+            if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")):
+                raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
+            write_json(file, manifest)
     check_settings(_read_object(file), manifest, path)
 
 

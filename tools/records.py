@@ -25,7 +25,9 @@ def write_record(path, record: dict) -> None:
     for name, array in arrays.items():
         packed[name] = array
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array(file, packed, allow_pickle=False)
+        # write_array would do both, but does not tell what went wrong when a disk is full
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(packed))
+        file.write(packed.tobytes())
 
 
 def read_record(path, mmap: bool = False) -> dict:

@@ -1,0 +1,42 @@
+"""Work shared among machines: --shard I/N, or torchrun's processes."""
+import os
+import re
+import time
+
+from tools.cli import InputError
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`I/N` -> (I, N), I = 0 .. N-1; without text this process's place under torchrun, or None for all of the work."""
+    if text is None:
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun() else None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: expected I/N, where I is a number from 0 to N-1")
+    return int(match[1]), int(match[2])
+
+
+def deal(items, shard: tuple[int, int] | None) -> list:
+    """The items of shard (i, n): every n-th from the i-th on; all without a shard."""
+    index, n = shard or (0, 1)
+    return list(items)[index::n]
+
+
+def wait_for_all(point: str) -> None:
+    """Under torchrun, return when all its processes have come to this point; elsewhere, at once.
+
+    They must end together: torchrun kills the others when one ends with status 1, because something was skipped.
+    """
+    if not under_torchrun():
+        return
+    from torch.distributed import rendezvous  # here, not above: it takes seconds to load
+
+    store, _, world_size = next(rendezvous("env://"))
+    store.add(point, 1)
+    while store.add(point, 0) < world_size:
+        time.sleep(0.5)
