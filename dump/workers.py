@@ -2,41 +2,24 @@
 import contextlib
 import functools
 import itertools
-import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import cv2
 from PIL import Image
 
 from dump.shards import deal, under_torchrun
 from tools.cli import InputError
 from tools.features import build_extractor
+from tools.processes import WorkerPool
 
 
 def available_cores() -> int:
     """Cores that this process may use; under torchrun, its share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"] if under_torchrun() else 1))
-
-
-def _exit_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _start_worker():
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
-    # A killed parent closes no queue: its workers would do what is in it, then wait for ever. It may have been killed
-    # before they come to this.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -51,8 +34,7 @@ def worker_pool(workers: int):
     if workers == 1:
         yield None
         return
-    # spawned, not forked: the parent may hold threads of OpenCV or a GPU
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = WorkerPool(workers)
     try:
         yield pool
     except BrokenProcessPool:

@@ -1,18 +1,14 @@
 """Methods over the pairs of a set: poses in other processes if wished, and gone on with after an interruption."""
 import contextlib
 import itertools
-import multiprocessing
-import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +19,7 @@ from eval.pair_sets import EvalPair
 from eval.pose import timed_estimate_pose
 from eval.results import PairResult, score_pair, true_correspondences
 from tools.cli import InputError
+from tools.processes import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -177,26 +174,13 @@ def _in_order(function, items, workers: int):
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _exit_with_parent():
-    # a killed parent closes no queue: without this its workers would wait for ever
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _start_worker():
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
 @contextlib.contextmanager
 def pose_pool(workers: int):
     """A pool of processes, or None for 0 of them; InputError if one of them was killed from outside."""
     if not workers:
         yield None
         return
-    # spawned, not forked: this process may hold threads of OpenCV or a GPU
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = WorkerPool(workers)
     try:
         yield pool
     except BrokenProcessPool:

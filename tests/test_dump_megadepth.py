@@ -263,9 +263,9 @@ def test_what_a_killed_run_left_half_written_goes(pristine, finished, out):
 
 def test_worker_of_a_parent_that_died_meanwhile_does_nothing(tmp_path):
     """Killed while its workers start, a parent leaves tasks in their queue."""
-    script = ("import multiprocessing as m, os, sys, threading; from dump import workers; from pathlib import Path\n"
+    script = ("import multiprocessing as m, os, sys, threading; from tools import processes; from pathlib import Path\n"
               "class Dead:\n    def join(self): threading.Event().wait()\n    def is_alive(self): return False\n"
-              "m.parent_process = Dead; workers._start_worker(); Path(sys.argv[1]).touch()")
+              "m.parent_process = Dead; processes.start_worker(); Path(sys.argv[1]).touch()")
     assert subprocess.run([sys.executable, "-c", script, tmp_path / "done"], cwd=ROOT).returncode == 1
     assert not (tmp_path / "done").exists()
 

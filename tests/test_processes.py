@@ -1,0 +1,28 @@
+"""tools.processes: worker processes leave Ctrl-C to their parent, from their first moment on."""
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+CTRL_C_WHILE_STARTING = """
+import os, signal, time
+from tools.processes import WorkerPool
+
+if __name__ == "__main__":
+    pool = WorkerPool(2)
+    futures = [pool.submit(abs, -1) for _ in range(2)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # here alone: the workers have been started
+    while not all(future.done() for future in futures):
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.01)
+    print(sum(future.result() for future in futures))
+"""
+
+
+def test_ctrl_c_while_workers_start_does_not_reach_them(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(CTRL_C_WHILE_STARTING)
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, start_new_session=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")

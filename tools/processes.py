@@ -1,0 +1,41 @@
+"""Worker processes that start clean, leave Ctrl-C to their parent, and end with it."""
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
+
+import cv2
+
+
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_worker() -> None:
+    """Make this process a worker: one OpenCV thread, Ctrl-C ignored, and an end when the parent is gone."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    # A killed parent closes no queue: its workers would do what is in it, then wait for ever. It may have been killed
+    # before they come to this.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """A pool of processes that are spawned, not forked: the parent may hold threads of OpenCV or a GPU."""
+
+    def __init__(self, workers: int):
+        super().__init__(workers, multiprocessing.get_context("spawn"), start_worker)
+        resource_tracker.ensure_running()  # starting it would end the blocking below
+
+    def submit(self, *args, **kwargs):
+        # a process may be started here, and Ctrl-C before it comes to start_worker would end it with a traceback
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
