@@ -19,7 +19,7 @@ import torch
 
 from eval.journal import Journal
 from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
-from eval.methods import Method, Outcome, match_one_shot, to_data
+from eval.methods import Method
 from eval.pair_sets import (
     Hdf5PairSet,
     ListPairSet,
@@ -51,8 +51,6 @@ from tools.features import DESCRIPTOR_DIM, build_extractor
 from tools.files import write_image
 from tools.pair_list import read_pair_list
 from tools.visualize import draw_matches
-
-__all__ = ["Outcome", "evaluate", "main", "match_one_shot", "to_data"]
 
 DATASETS = ("yfcc", "scannet", "megadepth1500")
 DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, None: 3.0}  # pixels
@@ -334,15 +332,16 @@ def main(argv=None) -> int:
     write_results(folder / "results.json", vars(args), summaries, skipped, **more)
     write_pairs_csv(folder / "pairs.csv", results)
     first, summary = next(iter(summaries.items()))
+    drawn = {name: method for name, method in methods.items() if not name.endswith(" iterations")}
     scored = any(numbers["pairs_with_pose"] for numbers in summary.values())
     if scored:
-        plot_pose_recall(folder / "pose_recall.png", results)
+        plot_pose_recall(folder / "pose_recall.png", {setting: {name: of_setting[name] for name in drawn}
+                                                      for setting, of_setting in results.items()})
     if args.use_iterative and any(numbers.get("by_iteration") for numbers in summary.values()):
         write_iterations_csv(folder / "iterations.csv", results)
         plot_iterations_used(folder / "iterations_used.png", results)
     if args.plot_time_auc and scored:
         plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
-    drawn = {name: method for name, method in methods.items() if not name.endswith(" iterations")}
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.seed, args.device)
     for name in JOURNALS:  # all is written: there is nothing left to go on with
         (folder / name).unlink(missing_ok=True)

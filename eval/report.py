@@ -248,7 +248,7 @@ def plot_pose_recall(path, results: Results) -> None:
 def plot_iterations_used(path, results: Results) -> None:
     """Write a PNG: share of pairs (percent) by how many iterations the loop ran, a bar for each method beside others.
 
-    The hatched part of a bar is pairs that ran to the end because no two poses agreed.
+    The hatched part of a bar is pairs that ran to the end, because no two poses in a row agreed.
     """
     loops = {label: rows for label, rows in _named(results) if any(row.steps for row in rows)}
     used = sorted({step.iterations for rows in loops.values() for row in rows for step in row.steps})
@@ -261,7 +261,7 @@ def plot_iterations_used(path, results: Results) -> None:
                                                    for row in rows]) for n in used]) for stopped in (True, False))
         axes.bar(x, agreed, width * 0.92, label=label, color=f"C{place}")
         axes.bar(x, others, width * 0.92, bottom=agreed, facecolor="none", edgecolor=f"C{place}", hatch="////")
-    axes.bar([0], [0], facecolor="none", edgecolor="gray", hatch="////", label="pose never stayed the same")
+    axes.bar([0], [0], facecolor="none", edgecolor="gray", hatch="////", label="ran to the end")
     axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
     _finish(figure, axes, path)
 
@@ -271,24 +271,27 @@ def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[s
 
     summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, the loop)}.
     """
-    def point(method):
-        numbers = summary[method]
-        return numbers["ms"]["matching"] + numbers["ms"]["pose"], 100 * numbers["auc"]["10"]
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
+
+    def draw(methods, label, digits, **style):
+        x, y, below, above = [], [], [], []
+        for numbers in (summary[method] for method in methods):
+            x.append(numbers["ms"]["matching"] + numbers["ms"]["pose"])
+            y.append(100 * numbers["auc"]["10"])
+            low, high = numbers["auc_interval"]["10"]
+            below.append(max(y[-1] - 100 * low, 0))
+            above.append(max(100 * high - y[-1], 0))
+            axes.annotate(f"{numbers['iterations']:.{digits}f}", (x[-1], y[-1]), xytext=(4, 4), fontsize=8,
+                          textcoords="offset points", color=style["color"])
+        axes.errorbar(x, y, (below, above), elinewidth=0.6, label=label, **style)
+
     for place, (network, (one_shot, loop)) in enumerate(series.items()):
-        x, y = zip(*map(point, one_shot))
-        axes.plot(x, y, "o-", color=f"C{place}", linewidth=1.5, markersize=4, label=f"{network} in one shot")
-        for method in one_shot:
-            axes.annotate(f"{summary[method]['iterations']:.0f}", point(method), xytext=(0, 5), fontsize=8,
-                          textcoords="offset points", ha="center", color=f"C{place}")
+        draw(one_shot, f"{network} in one shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
         if loop is not None:
-            axes.plot(*point(loop), "*", color=f"C{place}", markersize=13, label=loop)
-            axes.annotate(f"{summary[loop]['iterations']:.1f}", point(loop), xytext=(0, 7), fontsize=8,
-                          textcoords="offset points", ha="center", color=f"C{place}")
-    axes.set(xlabel="matching and pose, ms per pair", ylabel="AUC@10 (%)", title="with the number of iterations")
-    axes.margins(0.08)
+            draw([loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
+    axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",
+             xlim=(0, None))
     _finish(figure, axes, path)
 
 
@@ -297,6 +300,6 @@ def _finish(figure: Figure, axes, path) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
