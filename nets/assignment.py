@@ -38,7 +38,7 @@ class _Sinkhorn(torch.autograd.Function):
         if keep_steps:
             ctx.steps = [torch.stack(vectors) for vectors in (row_scales, row_sums, column_scales, column_sums)]
             ctx.save_for_backward(p)
-        return p * u.unsqueeze(-1) * v.unsqueeze(-2)
+        return (p * u.unsqueeze(-1)).mul_(v.unsqueeze(-2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -119,7 +119,7 @@ def mutual_matches(assignment: Tensor, threshold: float) -> tuple[Tensor, Tensor
         none = [torch.full((batch, n), -1, dtype=torch.int64, device=inner.device) for n in (n0, n1)]
         return *none, inner.new_zeros(batch, n0), inner.new_zeros(batch, n1)
     best0, index0 = inner.max(dim=2)
-    index1 = inner.argmax(dim=1)
+    index1 = inner.max(dim=1).indices  # the same as argmax, and faster
     mutual0 = index1.gather(1, index0) == torch.arange(n0, device=inner.device)
     mutual1 = index0.gather(1, index1) == torch.arange(n1, device=inner.device)
     scores0 = torch.where(mutual0, best0, torch.zeros_like(best0))

@@ -9,9 +9,11 @@ from nets.layers import (
     ACTIVATIONS,
     N_HEADS,
     KeypointEncoder,
+    Keys,
     Linear,
     OwnAttentionLayer,
     SharedAttentionLayer,
+    Views,
     normalize_keypoints,
 )
 from nets.losses import matching_loss_from_targets, pose_consistency_loss, restrict, targets_from_mask
@@ -36,29 +38,43 @@ class MatchingState:
     def __init__(self, matcher: "Matcher", x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None):
         self.matcher = matcher
         self.iteration = -1
-        self.x0, self.x1 = x0, x1
-        self.mask0, self.mask1 = mask0, mask1
-        self.keep0, self.keep1 = mask0, mask1
+        self._set_views(x0, x1, mask0, mask1)
+        self._set_keep(mask0, mask1)
         self.indices0 = torch.arange(x0.shape[1], device=x0.device)
         self.indices1 = torch.arange(x1.shape[1], device=x1.device)
         self.n_input0, self.n_input1 = x0.shape[1], x1.shape[1]
         self.attention_self = self.attention_cross = None
+
+    def _set_views(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> None:
+        self.x = torch.cat([x0, x1], dim=1)
+        self.mask0, self.mask1 = mask0, mask1
+        self.views = Views([x0.shape[1], x1.shape[1]], [mask0, mask1])
+
+    def _set_keep(self, keep0: Tensor | None, keep1: Tensor | None) -> None:
+        self.keep0, self.keep1 = keep0, keep1
+        self.keys = Keys(keep0), Keys(keep1)
         self._assignment = None
+
+    @property
+    def x0(self) -> Tensor:
+        return self.views.split(self.x)[0]
+
+    @property
+    def x1(self) -> Tensor:
+        return self.views.split(self.x)[1]
 
     def advance(self) -> None:
         """One iteration: self-attention, then cross-attention."""
         self.iteration += 1
         self._assignment = None
         per_sample = self.matcher.pools and self.iteration >= 2
-        for kind in (0, 1):
-            layer = self.matcher.gnn.layers[2 * self.iteration + kind]
-            cross = kind == 1
+        for cross in (False, True):
+            layer = self.matcher.gnn.layers[2 * self.iteration + cross]
+            attention = self.attention_cross if cross else self.attention_self
             if isinstance(layer, SharedAttentionLayer):
-                attention = self.attention_cross if cross else self.attention_self
-                self.x0, self.x1 = layer(self.x0, self.x1, cross, attention, self.mask0, self.mask1, per_sample)
+                self.x = layer(self.x, self.views, cross, per_sample, attention)
                 continue
-            self.x0, self.x1, attention = layer(self.x0, self.x1, cross, self.mask0, self.mask1, self.keep0,
-                                                self.keep1, per_sample)
+            self.x, attention = layer(self.x, self.views, cross, per_sample, self.keys, attention)
             if cross:
                 self.attention_cross = attention
             else:
@@ -69,7 +85,7 @@ class MatchingState:
         """Assignment of the present keypoints, (B, N0+1, N1+1) with dustbins, at this iteration."""
         if self._assignment is None:
             matcher, proj = self.matcher, self.matcher.final_proj[self.iteration]
-            self._assignment = assign(proj(self.x0), proj(self.x1), matcher.bin_score, matcher.with_sinkhorn,
+            self._assignment = assign(*self.views.split(proj(self.x)), matcher.bin_score, matcher.with_sinkhorn,
                                       matcher.sinkhorn_iterations, self.keep0, self.keep1)
         return self._assignment
 
@@ -107,8 +123,7 @@ class MatchingState:
         n_min = self.matcher.n_min_tokens
         keep0 = keep_mask(self.assignment, self0, cross0, threshold, n_min, self.keep0)
         keep1 = keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min, self.keep1)
-        self.keep0, self.keep1 = keep0, keep1
-        self._assignment = None
+        self._set_keep(keep0, keep1)
 
     @torch.no_grad()
     def remove(self, threshold: float) -> None:
@@ -121,14 +136,18 @@ class MatchingState:
         n_min = self.matcher.n_min_tokens
         rows0 = keep_indices(self.assignment[0], self0[0], cross0[0], threshold, n_min)
         rows1 = keep_indices(self.assignment[0].T, self1[0], cross1[0], threshold, n_min)
-        self.x0, self.x1 = self.x0[:, rows0], self.x1[:, rows1]
+        self.select(rows0, rows1)
+
+    def select(self, rows0: Tensor, rows1: Tensor) -> None:
+        """Go on with some of the present keypoints of each view alone: sorted int64 indices (K0,), (K1,)."""
         self.indices0, self.indices1 = self.indices0[rows0], self.indices1[rows1]
-        self.mask0, self.keep0 = (None if m is None else m[:, rows0] for m in (self.mask0, self.keep0))
-        self.mask1, self.keep1 = (None if m is None else m[:, rows1] for m in (self.mask1, self.keep1))
+        mask0, keep0 = (None if m is None else m[:, rows0] for m in (self.mask0, self.keep0))
+        mask1, keep1 = (None if m is None else m[:, rows1] for m in (self.mask1, self.keep1))
+        self._set_views(self.x0[:, rows0], self.x1[:, rows1], mask0, mask1)
+        self._set_keep(keep0, keep1)
         self.attention_self = (self.attention_self[0].select(rows0, rows0), self.attention_self[1].select(rows1, rows1))
         self.attention_cross = (self.attention_cross[0].select(rows0, rows1),
                                 self.attention_cross[1].select(rows1, rows0))
-        self._assignment = None
 
 
 class Propagation(nn.Module):
@@ -136,11 +155,12 @@ class Propagation(nn.Module):
 
     def __init__(self, dim: int, n_layers: int, shares_attention: bool, norm_fn: str | None, ac_fn: str):
         super().__init__()
+        shares = [shares_attention and t >= 3 and t % 2 == 1 for t in range(n_layers + 1)]
         layers = []
         for t in range(n_layers):
-            shared = shares_attention and t >= 3 and t % 2 == 1
-            kind = SharedAttentionLayer if shared else OwnAttentionLayer
-            layers += [kind(dim, norm_fn, ac_fn), kind(dim, norm_fn, ac_fn)]
+            for _ in range(2):
+                layers.append(SharedAttentionLayer(dim, norm_fn, ac_fn) if shares[t] else
+                              OwnAttentionLayer(dim, norm_fn, ac_fn, is_shared=shares[t + 1]))
         self.layers = nn.ModuleList(layers)
 
 
@@ -202,8 +222,9 @@ class Matcher(nn.Module):
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
         With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
-        iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr (counts per sample and
-        iteration); every iteration's assignment is then computed. With pose_weight > 0 besides, the scalars pose_loss
+        iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr, total_matches (counts per sample
+        and iteration), and per_iteration, a dict of the same names but loss to (L,) each; every iteration's assignment
+        is then computed. With pose_weight > 0 besides, the scalars pose_loss
         (mean over iterations) and pose_samples (how many samples of the batch it could use, mean over iterations), and
         loss is the matching loss plus pose_weight times pose_loss.
         """
@@ -224,12 +245,15 @@ class Matcher(nn.Module):
         out = {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
         if supervised:
             names = ("matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
-                     "total_acc_incorr")
-            out.update({name: torch.stack(values).mean() for name, values in zip(names, zip(*supervised))})
+                     "total_acc_incorr", "total_matches")
+            each = {name: torch.stack(values) for name, values in zip(names, zip(*supervised))}
+            if posed:
+                losses, used = zip(*posed)
+                each |= {"pose_loss": torch.stack(losses), "pose_samples": torch.stack(used).float()}
+            out.update({name: values.mean() for name, values in each.items()})
+            out["per_iteration"] = {name: values.detach() for name, values in each.items()}
             out["loss"] = out["matching_loss_corr"] + out["matching_loss_incorr"]
         if posed:
-            losses, used = zip(*posed)
-            out["pose_loss"], out["pose_samples"] = torch.stack(losses).mean(), torch.stack(used).float().mean()
             out["loss"] = out["loss"] + pose_weight * out["pose_loss"]
         return out
 
@@ -240,7 +264,8 @@ class Matcher(nn.Module):
         n1 = state.x1.shape[1]
         is_match = (targets.matches0 >= 0) & (targets.matches0 < n1)
         is_dustbin = targets.matches0 == n1
-        counts = (is_match & (matches0 == targets.matches0), is_dustbin & (matches0 < 0), is_match, is_dustbin)
+        counts = (is_match & (matches0 == targets.matches0), is_dustbin & (matches0 < 0), is_match, is_dustbin,
+                  (is_match | is_dustbin) & (matches0 >= 0))
         return corr, incorr, *(count.sum() / len(matches0) for count in counts)
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
 """The matchers beyond the golden files: against tests/oracle.py, by their symmetries, and at the limits of numbers."""
+import copy
 import itertools
 import warnings
 
@@ -10,7 +11,7 @@ from oracle import sinkhorn as unrolled_sinkhorn
 
 from nets import EIMP, GM, IMP, build_matcher
 from nets.assignment import assign, mutual_matches, sinkhorn
-from nets.layers import normalize_keypoints
+from nets.layers import AttentionMatrix, normalize_keypoints
 from nets.losses import matching_loss
 from nets.pooling import keep_indices, keep_mask
 
@@ -47,6 +48,11 @@ def make_oracle(kind, matcher, norm_fn="in", ac_fn="relu", training=False):
 
 def close(a, b, atol=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=atol, check_dtype=False)
+
+
+def all_finite(out):
+    """Whether all numbers of a dict of tensors, or of dicts of them, are finite."""
+    return all(all_finite(v) if isinstance(v, dict) else bool(torch.isfinite(v).all()) for v in out.values())
 
 
 def check_losses(out, expected):
@@ -362,13 +368,127 @@ def test_one_keypoint(kind, norm_fn):
     for n0, n1 in ((1, 1), (1, 6), (6, 1)):
         data = make_data(n0, n1, DIM)
         out = matcher(data)
-        assert all(torch.isfinite(value).all() for value in out.values())
+        assert all_finite(out)
         for state in matcher.iterate(data):
             state.remove(0.2)
             assert min(state.x0.shape[1], state.x1.shape[1]) == 1
         if norm_fn != "in":  # torch's instance norm refuses a single keypoint; ours makes it 0
             _, scores0 = make_oracle(kind, matcher, norm_fn).match_all(data)
             close(out["matching_scores0"], scores0[-1])
+
+
+# what is computed in another way where that is faster
+
+def results(matcher, data):
+    """Matches of all iterations with masks and with removal, and losses and gradients of one training step."""
+    found = list(matcher.eval().match_all_iterations(data, pool_threshold=0.6))
+    if len(data["scores0"]) == 1:
+        for state in matcher.iterate(data):
+            found += state.matches(0.1)
+            if matcher.pools and state.iteration in (2, 3, 5):
+                state.remove(0.6)
+    matcher.zero_grad()
+    out = matcher.train()(data)
+    out["loss"].backward()
+    gradients = [parameter.grad.clone() for parameter in matcher.parameters()]
+    return found + [out[name].detach() for name in SCALARS] + gradients
+
+
+@pytest.mark.parametrize("n0, n1, batch", [(40, 31, 3), (60, 48, 1)])
+@pytest.mark.parametrize("kind", ["imp", "eimp"])
+def test_attention_is_stored_or_computed_again(monkeypatch, kind, n0, n1, batch):
+    """Matrices of some layers have room, of others not; what is stored for one iteration is overwritten later."""
+    matcher = make_matcher(kind, n_layers=9)
+    data = make_data(n0, n1, DIM, batch)
+    stored = []
+    monkeypatch.setattr(AttentionMatrix, "_compute",
+                        lambda *args, compute=AttentionMatrix._compute: stored.append(args) or compute(*args))
+    expected = results(matcher, data)
+    n_stored = len(stored)
+    for most in (0, 4 * batch * n0 * n1 - 1):
+        monkeypatch.setattr(AttentionMatrix, "MAX_STORED", most)
+        stored.clear()
+        for a, b in zip(results(matcher, data), expected, strict=True):
+            close(a, b)
+        assert (0 < len(stored) < n_stored) == (most > 0)
+
+
+def change_in_place(matcher, other):
+    with torch.no_grad():
+        for parameter, value in zip(matcher.parameters(), other.parameters()):
+            parameter.mul_(0).add_(value)
+
+
+def change_by_optimizer(matcher, other):
+    optimizer = torch.optim.SGD(matcher.parameters(), lr=1.0)
+    for parameter, value in zip(matcher.parameters(), other.parameters()):
+        parameter.grad = (parameter - value).detach()
+    optimizer.step()
+
+
+def change_parameters(matcher, other):
+    for module, of_other in zip(matcher.modules(), other.modules()):
+        for name, value in of_other.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(value.detach().clone()))
+
+
+def change_data(matcher, other):
+    for parameter, value in zip(matcher.parameters(), other.parameters()):
+        parameter.data = value.data.clone()
+
+
+def change_within_data(matcher, other):
+    for parameter, value in zip(matcher.parameters(), other.parameters()):
+        parameter.data.copy_(value)
+    matcher.eval()
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_by_optimizer, change_parameters, change_data,
+                                    change_within_data,
+                                    lambda matcher, other: matcher.load_state_dict(other.state_dict()),
+                                    lambda matcher, other: matcher.load_state_dict(other.state_dict(), assign=True)])
+def test_weights_that_change_after_a_first_run(change):
+    """The weights that were laid out for it are not used again."""
+    matcher, other = make_matcher("imp", salt="a"), make_matcher("imp", salt="b")
+    data = make_data(20, 16, DIM)
+    before, expected = matcher.match_all_iterations(data)[1], other.match_all_iterations(data)[1]
+    assert (before - expected).abs().max() > 0.1
+    change(matcher, other)
+    close(matcher.match_all_iterations(data)[1], expected)
+
+
+def test_weights_that_change_their_type_after_a_first_run():
+    matcher = make_matcher("imp")
+    data = make_data(20, 16, DIM)
+    single = {key: value.float() for key, value in data.items() if key[-1] in "01"}
+    expected = matcher.match_all_iterations(data)[1]
+    copied = copy.deepcopy(matcher)
+    scores = matcher.float().match_all_iterations(single)[1]
+    assert scores.dtype == torch.float32
+    close(scores, expected, 1e-4)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.half().double()
+    rounded = copied.match_all_iterations(data)[1]
+    assert (rounded - expected).abs().max() > 1e-4
+    close(matcher.half().double().match_all_iterations(data)[1], rounded, 1e-4)
+    with torch.inference_mode():  # such tensors have no version
+        matcher.load_state_dict(copied.state_dict(), assign=True)
+        close(matcher.match_all_iterations(data)[1], rounded)
+        for parameter in matcher.parameters():
+            parameter.mul_(2)
+        assert (matcher.match_all_iterations(data)[1] - rounded).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["imp", "eimp"])
+def test_compiled(kind):
+    """Traced and run as it is traced, without the minutes that code generation takes."""
+    matcher = make_matcher(kind)
+    data = {key: value for key, value in make_data(20, 16, DIM).items() if key[-1] in "01"}
+    with torch.no_grad():
+        expected = matcher(data)
+        out = torch.compile(matcher, backend="eager", dynamic=False)(data)
+    for name in expected:
+        close(out[name], expected[name])
 
 
 # removal for good
@@ -584,7 +704,7 @@ def test_autocast(kind, dtype):
     loss.backward()
     assert torch.isfinite(loss) and abs(loss - expected["loss"]) < 0.02 * expected["loss"]
     assert all(torch.isfinite(parameter.grad).all() for parameter in matcher.parameters())
-    assert all(torch.isfinite(value).all() for value in out.values())
+    assert all_finite(out)
     assert (out["matches0"] == expected["matches0"]).float().mean() > 0.95
     assert (expected["matches0"] >= 0).sum() > 20
     assert (out["matches0"][2] == -1).all()
