@@ -2,17 +2,19 @@
 import argparse
 import sys
 
-from tools.cli import run
+from tools.cli import report_skipped, run
 from tools.distributed import launch
 from training.config import DEFAULTS, load_train_config
 from training.curves import plot_losses
 from training.trainer import train
 
 
-def _train(job, config: dict) -> None:
-    how = train(config, job)
-    if job.is_main:
-        print(f"{how}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
+def _train(job, config: dict) -> int:
+    how, skipped = train(config, job)
+    if not job.is_main:
+        return 0
+    print(f"{how}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
+    return report_skipped(skipped, "pairs")
 
 
 def main(argv=None) -> int:
@@ -22,8 +24,7 @@ def main(argv=None) -> int:
     parser.add_argument("--config", required=True, help="JSON file; any of its keys can be given as --key value")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_train_config(arguments.config, overrides)
-    launch(_train, config["gpu"], config)
-    return 0
+    return launch(_train, config["gpu"], config)
 
 
 if __name__ == "__main__":

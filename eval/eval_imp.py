@@ -47,6 +47,7 @@ from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
 from tools.cli import InputError, report_skipped, run
 from tools.config import read_yaml
+from tools.distributed import choose_device
 from tools.features import DESCRIPTOR_DIM, build_extractor
 from tools.files import write_image
 from tools.pair_list import read_pair_list
@@ -240,8 +241,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="evaluate that many pairs, spread evenly over the set")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the pose estimator and of the intervals (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, default=0, help="processes that estimate poses while the network runs; "
                         "0: all in turn, for times that can be compared (default: %(default)s)")
     parser.add_argument("--plot_time_auc", action="store_true",
@@ -260,6 +260,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--workers is a number of processes, 0 or more")
     if args.use_uncertainty and not args.use_iterative:
         parser.error("--use_uncertainty goes with --use_iterative")
+    args.device = str(choose_device(args.device))
     if args.threshold is None:
         args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]
     if args.save_path is None:

@@ -22,8 +22,9 @@ VERSION = 1
 class Journal:
     """An open journal. finished: what it held when it was opened, {pair: results as in the format}.
 
-    settings: what the results depend on, as JSON. Raises InputError if the file is there with other settings, if it
-    is no journal, or if another process has it open. To be used in a with statement.
+    settings: what the results depend on, as JSON. Raises InputError if the file holds pairs done with other settings,
+    if it is no journal, or if another process has it open. To be used in a with statement, at whose end it goes if no
+    pair was finished.
     """
 
     def __init__(self, path, settings: dict):
@@ -51,25 +52,31 @@ class Journal:
 
     def _read(self, header: dict) -> None:
         self.file.seek(0)
-        whole = 0  # bytes of whole lines
+        made, whole = None, 0  # the first line; bytes of whole lines
         for line in self.file:
             content = _parse(line)
-            if not whole:
-                if content.get("format") != FORMAT:
+            if made is None:
+                made = content
+                if made.get("format") != FORMAT:
                     raise InputError(f"{self.path} is no journal of an evaluation: move it away")
-                check_settings(content, header, f"{self.path}, an unfinished run (delete it to start anew),")
             elif "pair" in content and "results" in content:
                 self.finished[content["pair"]] = content["results"]
             else:
                 break
             whole += len(line)
-        self.file.truncate(whole)
-        if not whole:
+        if self.finished:
+            check_settings(made, header, f"{self.path}, an unfinished run (delete it to start anew),")
+            self.file.truncate(whole)
+        else:
+            self.file.truncate(0)
             self._write(header)
 
     def _write(self, content: dict) -> None:
-        self.file.write(json.dumps(content).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(content).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; what is done is kept") from None
 
     def add(self, pair: int, results: list[dict]) -> None:
         """Append a finished pair."""
@@ -80,6 +87,8 @@ class Journal:
         return self
 
     def __exit__(self, *_):
+        if not self.finished and not self.n_added:
+            self.path.unlink(missing_ok=True)
         self.file.close()
 
 

@@ -173,6 +173,7 @@ def test_limit_takes_pairs_from_all_over_the_set(scene):
     (["--matching_method", "NN", "--weights", "one.pth"], "--weights"),
     (["--matching_method", "IMP", "EIMP", "IMP_geo", "--weights", "one.pth", "two.pth"], "IMP, EIMP, IMP_geo"),
     (["--dataset", "megadepth1500"], "0015_0.1_0.3.npz"),
+    (["--device", "gpu"], "gpu"),
 ])
 def test_bad_input_is_one_line_that_names_it(scene, tmp_path, capsys, options, message):
     assert run(eval_imp.main, [*evaluate_command(scene, tmp_path), *options]) == 2
@@ -398,9 +399,14 @@ def test_a_journal_keeps_whole_lines_only(tmp_path):
 
 def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path, {"seed": 0}):
+    with Journal(path, {"seed": 7}):  # nothing was done with these settings, so they bind nobody
+        assert path.exists()
+    assert not path.exists()
+    path.write_text('{"format": "imp-eval-journal", "version": 1, "settings": {"seed": 7}}\n')
+    with Journal(path, {"seed": 0}) as journal:
         with pytest.raises(InputError, match="another evaluation is writing"):
             Journal(path, {"seed": 0})
+        journal.add(1, [])
     with pytest.raises(InputError, match="seed 0, now it is 1"):
         Journal(path, {"seed": 1})
     for content in ("notes of mine\n", '{"a": 1}\n', "[]\n", "no end of line"):

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -9,10 +8,8 @@ from two_views import see_points
 import train
 from nets import build_matcher, losses
 from nets.losses import Targets, epipolar_distance, pose_consistency_loss
-from tests.tiny_dump import make_tiny_dump
+from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
-from tools.geometry import lift, project
-from tools.records import read_record, write_record
 from training.config import load_train_config
 from training.trainer import warm_start
 
@@ -275,24 +272,6 @@ def test_a_matcher_under_autocast():
     assert half["pose_loss"].item() == pytest.approx(single["pose_loss"].item(), rel=0.3)
 
 
-def make_consistent(dump) -> None:
-    """Let the keypoints of a tiny dump's true matches be where its poses see them."""
-    rng = np.random.default_rng(0)
-    for scene in ("0000", "0001"):
-        pairs = [read_record(path) for path in sorted((dump / "matches" / scene).glob("*.npy"))]
-        places = {}  # of a scene's shared points, in the same order for every image
-        for pair in pairs:
-            places.update({pair[f"image_path{v}"]: pair["matches"][:, int(v)] for v in "01"})
-        K, n_points = pairs[0]["intrinsics0"], len(pairs[0]["matches"])
-        points = lift(rng.uniform(100, 400, (n_points, 2)), rng.uniform(2, 5, n_points), K, np.eye(4))
-        for path in (dump / "keypoints" / scene).glob("*.npy"):
-            record = read_record(path)
-            if record["image_path"] in places:
-                keypoints = record["keypoints"].copy()
-                keypoints[places[record["image_path"]]] = project(points, K, record["pose"])[0] - 0.5
-                write_record(path, {**record, "keypoints": keypoints})
-
-
 def scalars(folder, tag):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -325,6 +304,8 @@ def test_a_training_run(tmp_path):
     assert not all(torch.equal(plain[name], posed[name]) for name in plain)
 
 
-def test_the_shipped_config_differs_from_the_published_one_in_the_pose_alone():
-    published, geo = (load_train_config(f"configs/config_train_megadepth{name}.json", []) for name in ("", "_geo"))
+@pytest.mark.parametrize("network", ["", "_eimp"])
+def test_the_shipped_configs_differ_from_the_published_ones_in_the_pose_alone(network):
+    published, geo = (load_train_config(f"configs/config_train_megadepth{network}{name}.json", [])
+                      for name in ("", "_geo"))
     assert {key for key in geo if geo[key] != published[key]} == {"with_pose", "save_path"}

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from nets import build_matcher
-from tests.tiny_dump import make_tiny_dump
+from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
 from tools.cli import InputError, run
-from training.config import DEFAULTS
+from tools.files import write_image
+from tools.records import read_record
+from training.config import DEFAULTS, load_train_config
 from training.trainer import build, learning_rate, warm_start
 
 REPOSITORY = Path(__file__).parent.parent
@@ -132,6 +135,7 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(setup, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (("--base_path", "nowhere"), "nowhere is no dump"),
     (("--feature", "spp"), "holds sift features"),
+    (("--max_keypoints", "128"), "dump with --min_keypoints 128"),
     (("--weight_path", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     (("--resume_path", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     (("--layer", "3"), "did you mean 'layers'"),
@@ -150,6 +154,15 @@ def test_scenes_in_both_lists_are_refused(setup, tmp_path):
     (tmp_path / "list.txt").write_text("0001\n")
     with pytest.raises(InputError, match="scene 0001 is in both"):
         train_with(setup, "--val_scene_list_fn", tmp_path / "list.txt")
+
+
+def test_going_on_where_nothing_is_yet_begins_a_run(setup, tmp_path):
+    """What torchrun starts again, or a job queue, has one command for both."""
+    same = ("--resume_path", tmp_path / "run")
+    assert train_with(setup, *same) == 0
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 2
+    train_with(setup, *same, "--epochs", 2)
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 4
 
 
 def test_losses_that_are_not_finite_end_the_run(setup, tmp_path):
@@ -215,6 +228,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(setup, tmp_path, 
     process = start(setup, "--epochs", 100000, "--workers", 1)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "epoch_00001.pth").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
@@ -229,28 +243,133 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(setup, tmp_path, 
     assert_same(parameters(tmp_path / "whole" / "latest.pth"), parameters(tmp_path / "run" / "latest.pth"))
 
 
-def torchrun(setup, *arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "train.py", "--config", str(setup), *map(str, arguments)], cwd=REPOSITORY, text=True,
-                          capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """Everything logged: tag -> (step, value)."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("network", ["imp", "eimp"])
-def test_two_processes_train_as_one(setup, tmp_path, network):
-    options = ("--network", network, "--n_min_tokens", 16, "--batch_size", 4, "--its_per_epoch", 4)
-    result = torchrun(setup, *options, "--save_path", tmp_path / "two")
-    assert result.returncode == 0, result.stderr[-2000:]
-    train_with(setup, *options)
-    one, two = parameters(tmp_path / "run" / "latest.pth"), parameters(tmp_path / "two" / "latest.pth")
-    begin = build({**DEFAULTS, **SMALL, "network": network, "n_min_tokens": 16}).state_dict()
-    # Weights alone: Adam moves a bias whose gradient is zero but for rounding by a full step of either sign.
-    weights = [name for name in one if name.endswith("weight")]
-    moved = sum((one[name] - begin[name]).square().sum() for name in weights).sqrt()
-    apart = sum((one[name] - two[name]).square().sum() for name in weights).sqrt()
-    assert apart < 0.01 * moved
+def test_shipped_configs_are_read():
+    paths = sorted((REPOSITORY / "configs").glob("config_train_*.json"))
+    assert len(paths) >= 6
+    for path in paths:
+        assert load_train_config(path, [])["online"] == ("online" in path.stem)
 
 
-def test_batch_norm_in_several_processes_on_the_cpu_is_refused(setup):
-    result = torchrun(setup, "--norm_fn", "bn")
-    assert result.returncode != 0
-    assert "norm_fn bn with several processes needs GPUs" in result.stderr
+def test_what_is_logged(setup, tmp_path, capsys):
+    train_with(setup, "--its_per_epoch", 20, "--init", "warm", "--warmup_its", 10)
+    logged = scalars(tmp_path / "run")
+    for name in ("loss", "matching_loss_corr", "matching_loss_incorr", "precision", "recall", "lr", "grad_norm",
+                 "skipped_steps"):
+        assert [step for step, _ in logged[f"train/{name}"]] == list(range(1, 21)), name
+    assert dict(logged["train/lr"])[3] == pytest.approx(0.3e-4)
+    assert all(value > 0 for _, value in logged["train/grad_norm"])
+    assert all(value == 0 for _, value in logged["train/skipped_steps"])
+    # per iteration, every tenth step, and their mean is what the step has
+    for step in (10, 20):
+        values = [dict(logged[f"iteration_loss/{t:02d}"])[step] for t in range(4)]
+        assert np.mean(values) == pytest.approx(dict(logged["train/loss"])[step], rel=1e-4)
+        assert len(set(values)) == 4
+        assert all(0 < dict(logged[f"iteration_{name}/{t:02d}"])[step] <= 1
+                   for name in ("precision", "recall") for t in range(4))
+    assert [step for step, _ in logged["speed/samples_per_second"]] == [10, 20]
+    assert all(0 <= share <= 1 for _, share in logged["speed/data_wait_share"])
+    assert "epoch 0: step 20, loss" in capsys.readouterr().out
+
+
+def test_precision_and_recall_count_matches(setup, tmp_path):
+    """A warm start finds nearly all matches, and an assignment without dustbins matches the rest wrongly."""
+    content = {"model": build({**DEFAULTS, **SMALL, "init": "warm"}).state_dict()}
+    content["model"]["bin_score"].fill_(-50)
+    torch.save(content, tmp_path / "greedy.pth")
+    train_with(setup, "--weight_path", tmp_path / "greedy.pth", "--lr", 0.0, "--min_lr", 0.0, "--match_threshold", 0.0)
+    logged = scalars(tmp_path / "run")
+    for step, recall in logged["train/recall"]:
+        assert recall > 0.9
+        matches = dict(logged["train/acc_corr"])[step] / dict(logged["train/precision"])[step]
+        assert matches == pytest.approx(dict(logged["train/total_matches"])[step], rel=1e-5)
+        assert matches > dict(logged["train/total_acc_corr"])[step] + 1
+
+
+def write_images(dump, folder):
+    """Images under the names that a dump's records have."""
+    for path in (dump / "keypoints").rglob("*.npy"):
+        write_image(folder / read_record(path)["image_path"], np.full((480, 640), 128, np.uint8))
+
+
+def test_poses_and_pictures_of_validation_pairs(setup, tmp_path):
+    make_consistent(tmp_path / "dump")
+    (tmp_path / "train.txt").write_text("0000\n")
+    (tmp_path / "val.txt").write_text("0002\n")
+    write_images(tmp_path / "dump", tmp_path / "images")
+    arguments = ("--scene_list_fn", tmp_path / "train.txt", "--val_scene_list_fn", tmp_path / "val.txt",
+                 "--val_pairs", 6, "--do_eval", 1, "--eval_epochs", 2, "--epochs", 4, "--its_per_epoch", 1,
+                 "--init", "warm", "--lr", 0.0, "--min_lr", 0.0, "--min_inliers", 24)
+    train_with(setup, *arguments, "--val_images", tmp_path / "images")
+    logged = scalars(tmp_path / "run")
+    assert [step for step, _ in logged["val/loss"]] == [1, 2, 3, 4]
+    for name in ("auc5", "auc10", "auc20"):
+        assert [step for step, _ in logged[f"val/{name}"]] == [2, 4]
+        assert all(value > 0.9 for _, value in logged[f"val/{name}"])  # keypoints without noise, warm start
+    pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
+    assert pictures == [f"step_000000{step}_{i}.jpg" for step in (2, 4) for i in range(4)]
+    assert cv2.imread(str(tmp_path / "run" / "pictures" / pictures[0])).std() > 5
+    # without the images it goes on, and says so
+    process = start(setup, *arguments, "--val_images", tmp_path, "--save_path", tmp_path / "blind")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "no pictures of matches: image not found" in output
+
+
+def test_pose_errors_of_unmatched_pairs_count_as_infinite(setup, tmp_path):
+    (tmp_path / "val.txt").write_text("0002\n")
+    (tmp_path / "train.txt").write_text("0000\n")
+    train_with(setup, "--val_scene_list_fn", tmp_path / "val.txt", "--scene_list_fn", tmp_path / "train.txt",
+               "--do_eval", 1, "--eval_epochs", 1, "--match_threshold", 1.0)
+    assert scalars(tmp_path / "run")["val/auc20"][0][1] == 0
+
+
+def test_damaged_records_are_left_out_counted_and_listed(setup, tmp_path, capsys):
+    path = sorted((tmp_path / "dump" / "keypoints" / "0000").glob("*.npy"))[0]
+    path.write_bytes(path.read_bytes()[:1000])
+    assert train_with(setup, "--its_per_epoch", 12, "--workers", 1) == 1
+    error = capsys.readouterr().err
+    assert "1 pairs skipped:" in error
+    line = error.splitlines()[-1]
+    assert path.name in line and "is not a whole record" in line
+    times = int(line.split("(")[-1].split(" ")[0])
+    assert 1 <= times <= 30
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 12
+
+
+def test_a_dump_of_damaged_records_ends_the_run_with_one_line(setup, tmp_path, capsys):
+    for path in (tmp_path / "dump" / "keypoints").rglob("*.npy"):
+        path.write_bytes(b"")
+    assert run(train.main, ["--config", str(setup), "--workers", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "20 pairs in a row make no sample" in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_out_of_memory_names_what_to_lower(setup, tmp_path, capsys, workers):
+    # masks of 10^14 bytes are more than a process can address
+    arguments = ["--online", "1", "--online_sources", json.dumps({"path": str(tmp_path / "dump")}), "--min_keypoints",
+                 "1", "--max_keypoints", "12000000", "--workers", str(workers)]
+    assert run(train.main, ["--config", str(setup), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "out of memory" in error and "batch_size 2" in error and "max_keypoints 12000000" in error
+
+
+def test_bfloat16_trains_like_float32(setup, tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        train_with(setup, "--precision", precision, "--its_per_epoch", 8, "--save_path", folder, "--lr", 0.001)
+        losses[precision] = np.array([value for _, value in scalars(folder)["train/loss"]])
+        model = load_checkpoint(folder / "latest.pth")["model"]
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.values())
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)
+    assert not np.array_equal(losses["bfloat16"], losses["float32"])
+    assert losses["bfloat16"][-1] < losses["bfloat16"][0]

@@ -3,10 +3,19 @@ import pytest
 import torch
 
 from tests.tiny_dump import make_tiny_dump
-from tools.cli import InputError
 from tools.geometry import colmap_to_opencv_K
 from tools.records import read_record
-from training.data import DumpDataset, DumpPairs, StepBatches, choose_keypoints, make_loader, matching_mask
+from training.data import (
+    Choice,
+    Draws,
+    DumpSource,
+    Samples,
+    StepBatches,
+    choose_keypoints,
+    collate,
+    make_loader,
+    matching_mask,
+)
 
 
 @pytest.fixture
@@ -15,7 +24,7 @@ def dump(tmp_path):
 
 
 def make_dataset(dump, **options):
-    return DumpDataset(dump, **{"max_keypoints": 64, "min_inliers": 8, "max_inliers": 24, **options})
+    return Samples([DumpSource(dump)], Choice(**{"max_keypoints": 64, "min_inliers": 8, "max_inliers": 24, **options}))
 
 
 def test_number_of_true_matches_is_drawn_in_range_and_filled_up():
@@ -23,7 +32,7 @@ def test_number_of_true_matches_is_drawn_in_range_and_filled_up():
     matches = np.stack([rng.permutation(200)[:90], rng.permutation(150)[:90]], axis=1)
     counts = []
     for seed in range(200):
-        rows0, rows1, target = choose_keypoints(matches, 200, 150, 100, 20, 70, True, np.random.default_rng(seed))
+        rows0, rows1, target = choose_keypoints(matches, 200, 150, Choice(100, 20, 70), np.random.default_rng(seed))
         assert len(set(rows0)) == len(set(rows1)) == 100
         counts.append(np.sum(target >= 0))
         true = {tuple(m) for m in matches}
@@ -40,31 +49,36 @@ def test_number_of_true_matches_is_drawn_in_range_and_filled_up():
 
 def test_all_matches_are_taken_where_there_are_few():
     matches = np.array([[0, 1], [5, 2]])
-    _, _, target = choose_keypoints(matches, 80, 80, 50, 10, 20, True, np.random.default_rng(0))
+    _, _, target = choose_keypoints(matches, 80, 80, Choice(50, 10, 20), np.random.default_rng(0))
     assert np.sum(target >= 0) == 2
 
 
 def test_without_random_inliers_the_most_are_taken():
     matches = np.stack([np.arange(40), np.arange(40)], axis=1)
-    _, _, target = choose_keypoints(matches, 90, 90, 60, 5, 30, False, np.random.default_rng(0))
+    _, _, target = choose_keypoints(matches, 90, 90, Choice(60, 5, 30, random_inliers=False), np.random.default_rng(0))
     assert np.sum(target >= 0) == 30
 
 
 def test_both_sides_are_shuffled():
     matches = np.stack([np.arange(40), np.arange(40)], axis=1)
-    target = choose_keypoints(matches, 90, 90, 60, 30, 30, True, np.random.default_rng(0))[2]
+    target = choose_keypoints(matches, 90, 90, Choice(60, 30, 30), np.random.default_rng(0))[2]
     assert np.mean(np.flatnonzero(target >= 0) < 30) < 0.8
     assert np.mean(target[target >= 0] < 30) < 0.8
 
 
 def test_matching_mask():
-    mask = matching_mask(np.array([1, -1, 0]), 4)
-    assert mask.tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]
+    mask = matching_mask(np.array([1, -1, 0]), 3, 3)
+    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_padding_has_no_place_in_the_matching_mask():
+    mask = matching_mask(np.array([1, -1]), 3, 4)
+    assert mask.tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0] * 5, [0] * 5, [1, 0, 1, 0, 0]]
 
 
 def test_sample_agrees_with_the_records(dump):
     dataset = make_dataset(dump)
-    scene, index = dataset.pairs.draw(3)
+    scene, index = dataset.sources[0].draws.draw(3)
     sample = dataset[3]
     pair = read_record(dump / "matches" / scene / f"{index}.npy")
     records = [read_record(dump / "keypoints" / scene / f"{pair[f'image_path{v}'].split('/')[-1]}_sift.npy")
@@ -84,55 +98,111 @@ def test_sample_agrees_with_the_records(dump):
     np.testing.assert_allclose(sample["T_0to1"], pair["pose1"] @ np.linalg.inv(pair["pose0"]), atol=1e-6)
     assert sample["has_pose"] == 1
     x, y, z = sample["T_0to1"][:3, 3]
-    np.testing.assert_allclose(sample["E"], [[0, -z, y], [z, 0, -x], [-y, x, 0]], atol=1e-6)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    np.testing.assert_allclose(sample["E"], cross @ sample["T_0to1"][:3, :3], atol=1e-6)
 
 
 def test_a_draw_takes_its_share_of_each_scene_and_the_next_draw_differs():
-    pairs = DumpPairs({"a": 100, "b": 3}, pairs_per_scene=10, seed=0)
-    assert pairs.draw_size == 13
+    pairs = Draws({"a": 100, "b": 3}, per_group=10, seed=0)
+    assert pairs.size == 13
     draws = [[pairs.draw(k) for k in range(start, start + 13)] for start in (0, 13)]
     for draw in draws:
         assert len(set(draw)) == 13
         assert sorted(pair for pair in draw if pair[0] == "b") == [("b", 0), ("b", 1), ("b", 2)]
     assert draws[0] != draws[1]
     assert [scene for scene, _ in draws[0]] != sorted(scene for scene, _ in draws[0])
-    assert [DumpPairs({"a": 100, "b": 3}, 10, seed=1).draw(k) for k in range(13)] != draws[0]
+    assert [Draws({"a": 100, "b": 3}, 10, seed=1).draw(k) for k in range(13)] != draws[0]
+
+
+def assert_same_batches(runs):
+    for batches in zip(*runs, strict=True):
+        for name, value in batches[0].items():
+            for other in batches[1:]:
+                assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
+        assert len({frozenset(batch) for batch in batches}) == 1
 
 
 def test_same_samples_for_any_number_of_workers(dump):
     dataset = make_dataset(dump)
     runs = [list(make_loader(dataset, StepBatches(0, 3, 4), workers, False)) for workers in (0, 2)]
     assert len(runs[0]) == 3
-    for one, other in zip(*runs):
-        assert set(one) == set(other)
-        for name in one:
-            assert torch.equal(one[name], other[name]), name
+    assert_same_batches(runs)
     assert not torch.equal(runs[0][0]["keypoints0"], runs[0][1]["keypoints0"])
 
 
 def test_a_run_goes_on_with_the_samples_it_would_have_had(dump):
     dataset = make_dataset(dump)
     whole, rest = (list(make_loader(dataset, StepBatches(first, 4, 2), 0, False)) for first in (0, 2))
-    assert torch.equal(whole[2]["keypoints0"], rest[0]["keypoints0"])
-    assert torch.equal(whole[3]["keypoints0"], rest[1]["keypoints0"])
+    assert_same_batches([whole[2:], rest])
 
 
 def test_processes_share_a_batch():
     shares = [list(StepBatches(5, 7, 6, rank, 3)) for rank in range(3)]
     for step, parts in enumerate(zip(*shares)):
         assert all(len(part) == 2 for part in parts)
-        assert sorted(k for part in parts for k in part) == list(range((5 + step) * 6, (6 + step) * 6))
+        assert [k for part in parts for k in part] == list(range((5 + step) * 6, (6 + step) * 6))
 
 
-def test_dump_with_too_few_keypoints_is_refused(dump):
-    with pytest.raises(InputError, match="--min_keypoints 128"):
-        make_dataset(dump, max_keypoints=128)
+def test_views_with_few_keypoints_are_padded(dump):
+    dataset = make_dataset(dump, max_keypoints=128)  # of 96 that there are
+    sample = dataset[0]
+    assert sample["mask0"].tolist() == sample["mask1"].tolist() == [True] * 96 + [False] * 32
+    assert sample["descriptors0"].shape == (128, 128) and sample["matching_mask"].shape == (129, 129)
+    for v in "01":
+        for name in ("keypoints", "norm_keypoints", "camera_keypoints", "scores", "descriptors"):
+            assert not sample[name + v][96:].any()
+    assert sample["matching_mask"][:-1, :-1].sum() == 40  # all, as nothing else could fill the rest
+    assert sample["matching_mask"][:96].sum(axis=1).tolist() == [1] * 96
+    assert not sample["matching_mask"][96:-1].any() and not sample["matching_mask"][:, 96:-1].any()
 
 
-def test_damaged_record_is_named(dump):
+def test_only_a_batch_with_padding_has_masks(dump):
+    full = make_dataset(dump)[0]
+    short = {**full, "mask0": np.arange(64) < 50, "mask1": np.arange(64) < 60}
+    assert "mask0" not in collate([full, full])
+    batch = collate([full, short])
+    assert batch["mask0"].dtype == torch.bool
+    assert batch["mask0"].sum(dim=1).tolist() == [64, 50]
+    assert batch["mask1"].sum(dim=1).tolist() == [64, 60]
+    assert batch["names"] == [full["name"]] * 2
+
+
+def test_descriptors_of_two_precisions_make_one_batch(dump):
+    half = make_dataset(dump)[0]
+    single = {**half, "descriptors0": half["descriptors0"].astype("f4") + 1e-6}
+    assert collate([half, half])["descriptors0"].dtype == torch.float16
+    batch = collate([half, single])
+    assert batch["descriptors0"].dtype == torch.float32 and batch["descriptors1"].dtype == torch.float16
+    np.testing.assert_array_equal(batch["descriptors0"][1], single["descriptors0"])
+
+
+def test_sources_are_drawn_from_by_weight_and_a_group_from_one(tmp_path):
+    sources = [DumpSource(make_tiny_dump(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
+    dataset = Samples(sources, Choice(64, 8, 24), weights=[3, 1], group=4)
+    names = [dataset[k]["name"] for k in range(160)]
+    from_b = [str(tmp_path / "b") in name for name in names]
+    assert all(len(set(from_b[k:k + 4])) == 1 for k in range(0, 160, 4))
+    assert 0.1 < np.mean(from_b) < 0.4
+    assert dataset.scenes == ["0000", "0001"] * 2
+    assert dataset.draw_size == 24
+
+
+def test_a_damaged_record_is_replaced_and_told(dump):
     path = next((dump / "keypoints" / "0000").iterdir())
     path.write_bytes(path.read_bytes()[:1000])
-    dataset = make_dataset(dump, scenes=["0000"])
-    with pytest.raises(InputError, match=path.name):
-        for k in range(12):
-            dataset[k]
+    dataset = make_dataset(dump)
+    samples = [dataset[k] for k in range(24)]
+    told = [sample["skipped"] for sample in samples if sample["skipped"]]
+    assert told and all(source == str(dump) and path.name in reason for skips in told for source, reason in skips)
+    assert all("descriptors0" in sample for sample in samples)
+    assert collate(samples[:12])["skipped"] == [skip for sample in samples[:12] for skip in sample["skipped"]]
+
+
+def test_when_no_pair_can_be_used_it_says_why(dump):
+    assert "96 keypoints in a view, 97 are needed" in make_dataset(dump, min_keypoints=97)[0]["failed"]
+    assert "40 true matches, 41 are needed" in make_dataset(dump, min_matches=41)[0]["failed"]
+    for path in (dump / "matches").rglob("*.npy"):
+        path.write_bytes(b"")
+    failed = make_dataset(dump)[0]
+    assert "is not a whole record" in failed["failed"]
+    assert collate([failed]) == failed

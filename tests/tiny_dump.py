@@ -1,9 +1,10 @@
 """A dump of random keypoints with known matches, made in a moment, for the tests of training."""
+import cv2
 import numpy as np
 
 from tools.files import write_json
-from tools.geometry import make_pose
-from tools.records import write_record
+from tools.geometry import lift, make_pose, project
+from tools.records import read_record, write_record
 
 
 def make_tiny_dump(path, scenes=("0000", "0001"), pairs=6, images=4, n_keypoints=96, n_matches=40, dim=128, seed=0,
@@ -16,7 +17,7 @@ def make_tiny_dump(path, scenes=("0000", "0001"), pairs=6, images=4, n_keypoints
         K = np.array([[500, 0, 320.5], [0, 500, 240.5], [0, 0, 1.0]])
         shared = rng.standard_normal((n_matches, dim))
         names = [f"Undistorted_SfM/{scene}/images/{i}.jpg" for i in range(images)]
-        poses = [make_pose(np.eye(3), [0.3 * i, 0.1, 0]) for i in range(images)]
+        poses = [make_pose(cv2.Rodrigues(np.array([0, 0, 0.2 * i]))[0], [0.3 * i, 0.1, 0]) for i in range(images)]
         places = []
         for name, pose in zip(names, poses):
             place = rng.permutation(n_keypoints)[:n_matches]
@@ -37,3 +38,21 @@ def make_tiny_dump(path, scenes=("0000", "0001"), pairs=6, images=4, n_keypoints
                 "matches": np.stack([places[a], places[b]], axis=1).astype("i4"), "overlap": 0.5})
         write_json(path / "scenes" / f"{scene}.json", {"pairs": pairs, "images": images})
     return path
+
+
+def make_consistent(dump) -> None:
+    """Let the keypoints of a tiny dump's true matches be where its poses see them."""
+    rng = np.random.default_rng(0)
+    for folder in sorted((dump / "matches").iterdir()):
+        pairs = [read_record(path) for path in sorted(folder.glob("*.npy"))]
+        places = {}  # of a scene's shared points, in the same order for every image
+        for pair in pairs:
+            places.update({pair[f"image_path{v}"]: pair["matches"][:, int(v)] for v in "01"})
+        K, n_points = pairs[0]["intrinsics0"], len(pairs[0]["matches"])
+        points = lift(rng.uniform(100, 400, (n_points, 2)), rng.uniform(2, 5, n_points), K, np.eye(4))
+        for path in (dump / "keypoints" / folder.name).glob("*.npy"):
+            record = read_record(path)
+            if record["image_path"] in places:
+                keypoints = record["keypoints"].copy()
+                keypoints[places[record["image_path"]]] = project(points, K, record["pose"])[0] - 0.5
+                write_record(path, {**record, "keypoints": keypoints})

@@ -1,5 +1,7 @@
 """One process or many: the same training code under plain Python, one process a GPU, and torchrun."""
+import contextlib
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -38,12 +40,23 @@ class Job:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [bool(value) for value in tensor.tolist()]
 
+    def gather(self, value) -> list:
+        """The values of all processes, by rank; anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
 
 def choose_devices(gpu: list[int]) -> list[torch.device]:
-    """GPUs named by number; [] = all there are; [-1], or a machine without any, = the CPU."""
+    """GPUs named by number; [] = all there are; [-1], or a machine without any, = the CPU.
+
+    As many -1 as one likes are as many processes on the CPU.
+    """
     available = torch.cuda.device_count()
-    if gpu == [-1]:
-        return [torch.device("cpu")]
+    if gpu and set(gpu) == {-1}:
+        return [torch.device("cpu")] * len(gpu)
     if available == 0:
         if gpu:
             print(f"no GPU here: gpu {gpu} is left aside, the CPU is used", file=sys.stderr)
@@ -73,11 +86,22 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
+def _meeting_point(rank: int, world_size: int) -> dist.Store:
+    """Where the processes of the job find each other."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    # torchrun keeps the store of an attempt that failed, with the addresses of processes that are gone. On several
+    # machines its count of attempts is not the same everywhere.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
+
+
 def _join(worker, rank: int, world_size: int, device: torch.device, arguments):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meeting_point(rank, world_size),
+                                rank=rank, world_size=world_size)
     try:
         return worker(Job(rank, world_size, device), *arguments)
     finally:
@@ -85,8 +109,50 @@ def _join(worker, rank: int, world_size: int, device: torch.device, arguments):
             dist.destroy_process_group()
 
 
-def _spawned(rank: int, worker, devices, arguments):
-    _join(worker, rank, len(devices), devices[rank], arguments)
+def _spawned(rank: int, worker, devices, arguments, results):
+    try:
+        result = _join(worker, rank, len(devices), devices[rank], arguments)
+    except InputError as error:
+        results.put((None, str(error)))
+        sys.exit(2)
+    if rank == 0:
+        results.put((result, None))
+
+
+def _start(worker, devices: list[torch.device], arguments):
+    """Run the worker in a process for each device; returns what that of rank 0 returned."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    results, received = mp.get_context("spawn").SimpleQueue(), []
+    processes = mp.spawn(_spawned, (worker, devices, arguments, results), nprocs=len(devices), join=False)
+
+    def pass_on(number, _):
+        # to those who know how to stop; what a signal to the whole group sends twice does no harm
+        for pid in processes.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def receive():
+        while not results.empty():
+            received.append(results.get())
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not processes.join(timeout=0.5, grace_period=10):
+            receive()
+    except mp.ProcessExitedException as error:
+        receive()
+        messages = [message for _, message in received if message]
+        if error.signal_name:
+            messages.append(f"process {error.error_index} of {len(devices)} was ended by {error.signal_name} (out of "
+                            "memory?); what was saved is kept")
+        if not messages:
+            raise
+        raise InputError(messages[0]) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    receive()
+    return received[0][0]
 
 
 def launch(worker, gpu: list[int], *arguments):
@@ -94,7 +160,7 @@ def launch(worker, gpu: list[int], *arguments):
 
     Under torchrun this process is one of them, on the GPU that `gpu` names for its local rank; otherwise one process
     a GPU is started here, on a free port, or just this one. A process that fails ends all with its error. Returns
-    what the worker returns where it ran in this process.
+    what the worker returns in the main process.
     """
     devices = choose_devices(gpu)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -102,5 +168,4 @@ def launch(worker, gpu: list[int], *arguments):
         return _join(worker, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, arguments)
     if len(devices) == 1:
         return _join(worker, 0, 1, devices[0], arguments)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    mp.spawn(_spawned, (worker, devices, arguments), nprocs=len(devices))
+    return _start(worker, devices, arguments)

@@ -4,16 +4,31 @@ from tools.config import load_config
 
 DEFAULTS = {
     # data
-    "base_path": "data/megadepth_sift",  # a dump of dump.dump_megadepth
+    "base_path": "data/megadepth_sift",  # a dump of dump.dump_megadepth; online also photographs, or MegaDepth's layout
     "scene_list_fn": None,  # file of scene ids to train on; None: all of the dump
     "val_scene_list_fn": None,  # file of scene ids to validate on; None: no validation
+    "val_path": None,  # dump to validate on; None: base_path, if there is val_scene_list_fn
     "val_pairs": 200,
+    "do_eval": False,  # every eval_epochs, estimate poses of the validation pairs too, and draw some of them
+    "eval_epochs": 5,
+    "val_images": None,  # folder that holds the images of the validation dump, for those pictures; None: none
     "feature": "sift",  # sift or spp
     "pairs_per_scene": 80,
     "max_keypoints": 1024,
     "min_inliers": 32,
     "max_inliers": 512,
     "random_inliers": True,  # draw the number of true matches, rather than taking max_inliers
+    # samples made on the fly
+    "online": False,
+    # what to mix, instead of base_path and scene_list_fn: a list of {"path", "weight" (1), "scene_list_fn" (all)}
+    "online_sources": [],
+    "online_views": 4,  # of an image or a pair of images, each of which makes a sample with the next; 2: one sample
+    "view_size": 640,  # longer side of a view, pixels
+    "extract_keypoints": 2048,  # strongest of a view, of which a sample takes max_keypoints
+    "min_keypoints": 256,  # a view with fewer is made again
+    "contrast_threshold": 0.005,  # of sift
+    "unique_locations": True,  # sift: one keypoint per place
+    "inlier_th": 3.0,  # pixels between a keypoint and where its true match should be, at most
     # network
     "network": "imp",  # gm, imp (or dgnns), eimp (or adagmn)
     "layers": 15,  # iterations
@@ -45,10 +60,13 @@ DEFAULTS = {
     "seed": 0,
     # machine
     "gpu": [],  # which GPUs; []: all there are, or the CPU; [-1]: the CPU
+    "precision": "float32",  # bfloat16: autocast; the assignment and the pose stay in float32 or wider
+    "compile": False,  # torch.compile of the layers
     "workers": 4,  # sample-making processes, over all processes of the job
     # results
     "save_path": "runs/train",
-    "resume_path": None,  # a checkpoint, or the save_path of an earlier run, to go on from
+    # a checkpoint, or the save_path of an earlier run, to go on from; save_path itself: from where it is, if anywhere
+    "resume_path": None,
     "keep_checkpoints": 3,  # how many of the epochs' checkpoints to keep, besides latest and best
 }
 
@@ -59,10 +77,24 @@ CHOICES = {
     "ac_fn": ("relu", "gelu", "lrelu"),
     "init": ("published", "warm"),
     "optim": ("adam", "adamw"),
+    "precision": ("float32", "bfloat16"),
 }
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
          "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
-         "pose_weight": 0, "pose_start": 0}
+         "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
+         "inlier_th": 0, "eval_epochs": 1}
+
+
+def _check_source(entry) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise InputError(f"online_sources: {entry!r} should be a mapping with a path")
+    unknown = set(entry) - {"path", "weight", "scene_list_fn"}
+    if unknown:
+        raise InputError(f"online_sources: unknown key {min(unknown)!r} for {entry['path']}: it may have weight and "
+                         "scene_list_fn")
+    weight = entry.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+        raise InputError(f"online_sources: weight {weight!r} of {entry['path']} should be a number above 0")
 
 
 def load_train_config(path, arguments: list[str]) -> dict:
@@ -76,6 +108,12 @@ def load_train_config(path, arguments: list[str]) -> dict:
             raise InputError(f"{key} {config[key]}: expected at least {least}")
     if config["min_inliers"] > config["max_inliers"]:
         raise InputError(f"min_inliers {config['min_inliers']} is more than max_inliers {config['max_inliers']}")
+    if config["online_views"] < 2 or config["online_views"] % 2:
+        raise InputError(f"online_views {config['online_views']}: expected an even number")
+    for entry in config["online_sources"]:
+        _check_source(entry)
+    if config["online_sources"] and not config["online"]:
+        raise InputError("online_sources are given, but online is off: set online 1")
     if config["its_per_epoch"] != -1 and config["its_per_epoch"] < 1:
         raise InputError(f"its_per_epoch {config['its_per_epoch']}: expected a number of steps, or -1")
     return config

@@ -1,15 +1,16 @@
-"""Training samples (SPEC 6): from the records of a dump to batches.
+"""Training samples (SPEC 6): from pairs of views, of a dump or made on the fly, to batches.
 
 Every sample is a function of (seed, number of the sample in the run), so a run gives the same samples for any number
 of workers and processes, and goes on after a stop from the number alone.
 """
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
 from tools.cli import InputError
@@ -17,63 +18,124 @@ from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, 
 from tools.manifest import keypoint_path, load_dump, match_path
 from tools.records import read_record
 
+MAX_TRIES = 20  # pairs for one sample
 
-def choose_keypoints(matches: np.ndarray, n0: int, n1: int, max_keypoints: int, min_inliers: int, max_inliers: int,
-                     random_inliers: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+@dataclass
+class Pair:
+    """Two views before keypoints are chosen.
+
+    name: what messages call it; views: dicts of keypoints (N, 2) pixels, scores (N,), descriptors (N, D), image_size
+    (w, h), K (3, 3) in OpenCV's pixel convention; matches (M, 2): the true ones; T_0to1 (4, 4), or None where there is
+    no pose; image_paths: of both, relative to where the images are.
+    """
+
+    name: str
+    views: list[dict]
+    matches: np.ndarray
+    T_0to1: np.ndarray | None
+    image_paths: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which keypoints of a pair make a sample: see `choose_keypoints`; and which pairs do not.
+
+    min_keypoints: of each view; min_matches: of the pair.
+    """
+
+    max_keypoints: int = 1024
+    min_inliers: int = 32
+    max_inliers: int = 512
+    random_inliers: bool = True
+    min_keypoints: int = 0
+    min_matches: int = 0
+
+    def refuses(self, pair: Pair) -> str:
+        """Why a pair makes no sample; "" if it does."""
+        fewest = min(len(view["scores"]) for view in pair.views)
+        if fewest < self.min_keypoints:
+            return f"{pair.name} has {fewest} keypoints in a view, {self.min_keypoints} are needed"
+        if len(pair.matches) < self.min_matches:
+            return f"{pair.name} has {len(pair.matches)} true matches, {self.min_matches} are needed"
+        return ""
+
+
+def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice,
+                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which keypoints of two views make a sample, and where its true matches are.
 
     matches (M, 2): true matches of views with n0 and n1 keypoints. A number of them drawn from min_inliers ..
     max_inliers (max_inliers itself without random_inliers; at most M, at least what the unmatched keypoints leave to
-    fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0, chosen1
-    (max_keypoints,) and target (max_keypoints,): the place in chosen1 of each of chosen0's match, or -1.
+    fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,), chosen1 (N1,), of
+    max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's match, or -1.
     """
     free0 = np.setdiff1d(np.arange(n0), matches[:, 0], assume_unique=True)
     free1 = np.setdiff1d(np.arange(n1), matches[:, 1], assume_unique=True)
-    wanted = int(rng.integers(min_inliers, max_inliers, endpoint=True)) if random_inliers else max_inliers
-    needed = max_keypoints - min(len(free0), len(free1))
-    n_matches = min(max(wanted, needed), len(matches), max_keypoints)
+    wanted = choice.max_inliers
+    if choice.random_inliers:
+        wanted = int(rng.integers(choice.min_inliers, choice.max_inliers, endpoint=True))
+    needed = choice.max_keypoints - min(len(free0), len(free1))
+    n_matches = min(max(wanted, needed), len(matches), choice.max_keypoints)
     kept = matches[rng.permutation(len(matches))[:n_matches]]
     sides, places = [], []
     for own, free in ((kept[:, 0], free0), (kept[:, 1], free1)):
-        filled = np.concatenate([own, rng.permutation(free)[:max_keypoints - n_matches]])
-        order = rng.permutation(max_keypoints)
+        filled = np.concatenate([own, rng.permutation(free)[:choice.max_keypoints - n_matches]])
+        order = rng.permutation(len(filled))
         sides.append(filled[order])
         places.append(np.argsort(order)[:n_matches])  # where the true matches went
-    target = np.full(max_keypoints, -1, np.int64)
+    target = np.full(len(sides[0]), -1, np.int64)
     target[places[0]] = places[1]
     return sides[0], sides[1], target
 
 
-def matching_mask(target: np.ndarray, n1: int) -> np.ndarray:
-    """target (N0,): index of the match in view 1 or -1 -> (N0+1, N1+1) uint8, ones at matches and in the dustbins."""
-    mask = np.zeros((len(target) + 1, n1 + 1), np.uint8)
+def matching_mask(target: np.ndarray, n1: int, size: int) -> np.ndarray:
+    """target (N0,): index of the match in view 1 or -1 -> (size+1, size+1) uint8, ones at matches and in the dustbins.
+
+    n1: keypoints of view 1. Rows and columns of padding, up to size, are zero.
+    """
+    n0 = len(target)
+    mask = np.zeros((size + 1, size + 1), np.uint8)
     matched = target >= 0
     mask[np.flatnonzero(matched), target[matched]] = 1
-    mask[:-1, -1] = ~matched
-    mask[-1, :-1] = 1
+    mask[:n0, -1] = ~matched
+    mask[-1, :n1] = 1
     mask[-1, target[matched]] = 0
     return mask
 
 
-def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None) -> dict:
+def _padded(values: np.ndarray, size: int, dtype=np.float32) -> np.ndarray:
+    values = np.asarray(values, dtype)
+    if len(values) == size:
+        return values
+    padded = np.zeros((size, *values.shape[1:]), dtype)
+    padded[:len(values)] = values
+    return padded
+
+
+def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None, size: int) -> dict:
     """Two views' chosen keypoints -> the dict of arrays that training takes.
 
-    views: dicts of keypoints (N, 2) pixels, scores (N,), descriptors (N, D), image_size (w, h), K (3, 3) in OpenCV's
-    pixel convention. target (N,): match in view 1 or -1. T_0to1 (4, 4), or None where there is no pose: the sample
-    then carries has_pose 0 and takes no part in a pose loss.
+    views: as in `Pair`, with at most `size` keypoints; target (N0,): match in view 1 or -1. T_0to1 (4, 4), or None
+    where there is no pose: the sample then carries has_pose 0 and takes no part in a pose loss. Where a view has fewer
+    than size keypoints, both are padded with zeros, and mask0, mask1 (size,) tell which are real. Descriptors stay of
+    the type they are stored in, which is half the size.
     """
-    sample = {"matching_mask": matching_mask(target, len(views[1]["keypoints"]))}
-    for v, view in zip("01", views):
+    counts = [len(view["scores"]) for view in views]
+    sample = {"matching_mask": matching_mask(target, counts[1], size)}
+    for v, view, count in zip("01", views, counts):
         keypoints = np.ascontiguousarray(view["keypoints"], np.float32)
         image_size = np.asarray(view["image_size"], np.float32)
-        sample[f"keypoints{v}"] = keypoints
-        sample[f"norm_keypoints{v}"] = normalize_keypoints(torch.from_numpy(keypoints)[None],
-                                                           torch.from_numpy(image_size)[None])[0].numpy()
-        sample[f"camera_keypoints{v}"] = to_camera_coordinates(keypoints, view["K"]).astype(np.float32)
-        sample[f"scores{v}"] = np.asarray(view["scores"], np.float32)
-        sample[f"descriptors{v}"] = np.asarray(view["descriptors"], np.float32)
+        normalized = normalize_keypoints(torch.from_numpy(keypoints)[None], torch.from_numpy(image_size)[None])[0]
+        sample[f"keypoints{v}"] = _padded(keypoints, size)
+        sample[f"norm_keypoints{v}"] = _padded(normalized.numpy(), size)
+        sample[f"camera_keypoints{v}"] = _padded(to_camera_coordinates(keypoints, view["K"]), size)
+        sample[f"scores{v}"] = _padded(view["scores"], size)
+        sample[f"descriptors{v}"] = _padded(view["descriptors"], size, view["descriptors"].dtype)
         sample[f"image_size{v}"] = image_size
         sample[f"K{v}"] = np.asarray(view["K"], np.float32)
+        if min(counts) < size:
+            sample[f"mask{v}"] = np.arange(size) < count
     pose = np.eye(4) if T_0to1 is None else T_0to1
     sample["T_0to1"] = pose.astype(np.float32)
     sample["E"] = essential_matrix(pose).astype(np.float32)
@@ -81,18 +143,19 @@ def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None
     return sample
 
 
-class DumpPairs:
-    """The pairs of a dump, by number: `draw(k)` names the k-th pair of an endless, shuffled sequence.
+class Draws:
+    """Items of groups, by number: `draw(k)` names the k-th of an endless, shuffled sequence.
 
-    Each draw takes `pairs_per_scene` pairs (all, where there are fewer) of every scene, shuffled; when it is used up,
-    the next one begins.
+    Each draw takes `per_group` items (all, where there are fewer) of every group, shuffled; when it is used up, the
+    next one begins.
     """
 
-    def __init__(self, scenes: dict[str, int], pairs_per_scene: int, seed: int):
-        self.scenes = scenes
-        self.pairs_per_scene = pairs_per_scene
+    def __init__(self, groups: dict[str, int], per_group: int, seed: int):
+        """groups: name and number of items of each."""
+        self.groups = groups
+        self.per_group = per_group
         self.seed = seed
-        self.draw_size = sum(min(n, pairs_per_scene) for n in scenes.values())
+        self.size = sum(min(n, per_group) for n in groups.values())
         self._drawn = (None, [])  # the last draw and its number
 
     def _draw(self, number: int) -> list[tuple[str, int]]:
@@ -102,48 +165,96 @@ class DumpPairs:
 
     def _make_draw(self, number: int) -> list[tuple[str, int]]:
         rng = np.random.default_rng([self.seed, number])
-        pairs = [(scene, int(i)) for scene, n in self.scenes.items() for i in rng.permutation(n)[:self.pairs_per_scene]]
-        return [pairs[i] for i in rng.permutation(len(pairs))]
+        items = [(group, int(i)) for group, n in self.groups.items() for i in rng.permutation(n)[:self.per_group]]
+        return [items[i] for i in rng.permutation(len(items))]
 
-    def draw(self, k: int) -> tuple[str, int]:
-        """Scene and index of match record number k of the run."""
-        return self._draw(k // self.draw_size)[k % self.draw_size]
+    def draw(self, k: int, attempt: int = 0) -> tuple[str, int]:
+        """Group and index of the k-th item; any other, by chance, if attempt is not 0."""
+        if attempt:
+            k = int(np.random.default_rng([self.seed, k, attempt]).integers(self.size))
+        return self._draw(k // self.size)[k % self.size]
 
 
-class DumpDataset(Dataset):
-    """Samples from a dump: item k is the k-th sample of the run, whoever asks for it."""
+class DumpSource:
+    """Pairs of a dump's records."""
 
-    def __init__(self, dump_path, scenes=None, pairs_per_scene=80, max_keypoints=1024, min_inliers=32,
-                 max_inliers=512, random_inliers=True, seed=0):
-        """Raises InputError if the dump has no pairs or its images may have fewer than max_keypoints keypoints."""
+    def __init__(self, dump_path, scenes=None, pairs_per_scene: int = 80, seed: int = 0):
+        """scenes: ids; None: all. Raises InputError if the dump has no pairs."""
         dump = load_dump(dump_path, scenes)
+        self.name = str(dump_path)
         self.path = dump_path
         self.feature_type = dump["feature_type"]
         self.incomplete = dump["incomplete"]
-        least = dump["settings"]["min_keypoints"]
-        if least < max_keypoints:
-            raise InputError(f"{dump_path} admits images with {least} keypoints, a sample takes {max_keypoints}: "
-                             f"dump with --min_keypoints {max_keypoints}, or train with max_keypoints {least}")
-        self.pairs = DumpPairs(dump["scenes"], pairs_per_scene, seed)
-        self.choice = (max_keypoints, min_inliers, max_inliers, random_inliers)
+        self.min_keypoints = dump["settings"]["min_keypoints"]  # that its images have at least
+        self.scenes = list(dump["scenes"])
+        self.draws = Draws(dump["scenes"], pairs_per_scene, seed)
+
+    def pair(self, k: int, attempt: int) -> Pair:
+        """The pair of sample k of the run, its arrays memory-mapped; InputError if a record is damaged."""
+        scene, index = self.draws.draw(k, attempt)
+        path = match_path(self.path, scene, index)
+        pair = read_record(path, mmap=True)
+        views = []
+        for v in "01":
+            record = read_record(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type), mmap=True)
+            view = {name: record[name] for name in ("keypoints", "scores", "descriptors", "image_size")}
+            views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
+        return Pair(str(path), views, pair["matches"], relative_pose(pair["pose0"], pair["pose1"]),
+                    (pair["image_path0"], pair["image_path1"]))
+
+
+class Samples(Dataset):
+    """The samples of a run: item k is the k-th, whoever asks for it.
+
+    An item is a dict as from `make_sample`, the pair's `name`, and `skipped`: (source, reason) of the pairs that could
+    not be read, in whose place it stands. Of several sources each is drawn from in proportion to its weight. A pair
+    that the choice refuses is replaced as well. When MAX_TRIES pairs in a row are of no use, the item is {"failed":
+    why}.
+    """
+
+    def __init__(self, sources: list, choice: Choice, seed: int = 0, weights=None, group: int = 1):
+        """sources: DumpSource and those of training.online; weights: one each; None: all the same; group: samples in a
+        row that are from the same source, as training.online wants it."""
+        self.sources = sources
+        weights = np.ones(len(sources)) if weights is None else np.asarray(weights, np.float64)
+        self.shares = weights / weights.sum()
+        self.choice = choice
         self.seed = seed
+        self.group = group
 
     @property
     def scenes(self) -> list[str]:
-        return list(self.pairs.scenes)
+        """Scene ids of all sources."""
+        return [scene for source in self.sources for scene in source.scenes]
+
+    @property
+    def draw_size(self) -> int:
+        """Pairs in one draw of every source."""
+        return sum(source.draws.size for source in self.sources)
 
     def __getitem__(self, k: int) -> dict:
-        scene, index = self.pairs.draw(k)
-        pair = read_record(match_path(self.path, scene, index), mmap=True)
-        records = [read_record(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type), mmap=True)
-                   for v in "01"]
-        *chosen, target = choose_keypoints(pair["matches"], *(len(r["scores"]) for r in records), *self.choice,
-                                           np.random.default_rng([self.seed, k, 1]))
-        views = []
-        for record, rows in zip(records, chosen):
-            view = {name: record[name][rows] for name in ("keypoints", "scores", "descriptors")}
-            views.append({**view, "image_size": record["image_size"], "K": colmap_to_opencv_K(record["intrinsics"])})
-        return make_sample(views, target, relative_pose(pair["pose0"], pair["pose1"]))
+        skipped = []
+        for attempt in range(MAX_TRIES):
+            which = np.random.default_rng([self.seed, k // self.group, attempt, 2])
+            source = self.sources[which.choice(len(self.sources), p=self.shares)]
+            try:
+                pair = source.pair(k, attempt)
+            except InputError as error:
+                reason = str(error)
+                skipped.append((source.name, reason))
+                continue
+            reason = self.choice.refuses(pair)
+            if not reason:
+                sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
+                return {**sample, "name": pair.name, "skipped": skipped}
+        return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {reason}"}
+
+    def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
+        *chosen, target = choose_keypoints(pair.matches, *(len(view["scores"]) for view in pair.views), self.choice,
+                                           rng)
+        views = [{**view, **{name: view[name][rows] for name in ("keypoints", "scores", "descriptors")}}
+                 for view, rows in zip(pair.views, chosen)]
+        return make_sample(views, target, pair.T_0to1, self.choice.max_keypoints)
 
 
 class StepBatches(Sampler):
@@ -162,8 +273,29 @@ class StepBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            first = step * self.batch_size
-            yield list(range(first + self.rank, first + self.batch_size, self.world_size))
+            # a block each, as neighbours may be made of the same views
+            share = self.batch_size // self.world_size
+            first = step * self.batch_size + self.rank * share
+            yield list(range(first, first + share))
+
+
+def collate(samples: list[dict]) -> dict:
+    """Items of `Samples` -> a dict of tensors (B, ...), with names [str] and skipped [(source, reason)].
+
+    {"failed": why} if there is no sample to be had.
+    """
+    failed = [sample for sample in samples if "failed" in sample]
+    if failed:
+        return failed[0]
+    arrays = [{key: value for key, value in sample.items() if key not in ("name", "skipped")} for sample in samples]
+    for name in ("descriptors0", "descriptors1"):
+        dtype = np.result_type(*(sample[name] for sample in arrays))
+        arrays = [{**sample, name: sample[name].astype(dtype, copy=False)} for sample in arrays]
+    if any("mask0" in sample for sample in arrays):
+        full = np.ones(len(arrays[0]["scores0"]), bool)
+        arrays = [{"mask0": full, "mask1": full, **sample} for sample in arrays]
+    return {**default_collate(arrays), "names": [sample["name"] for sample in samples],
+            "skipped": [entry for sample in samples for entry in sample["skipped"]]}
 
 
 def _init_worker(_):
@@ -175,8 +307,8 @@ def _init_worker(_):
 
 
 def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches (dicts of tensors) in order of their steps, made by `workers` processes (0 = in this one)."""
+    """Batches as from `collate`, in order of their steps, made by `workers` processes (0 = in this one)."""
     # not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_init_worker,
                       multiprocessing_context="forkserver" if workers else None, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None)
+                      collate_fn=collate, prefetch_factor=4 if workers else None)

@@ -1,33 +1,37 @@
 """The training loop: build, step, validate, save, go on (SPEC 9, 10)."""
 import re
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nets import build_matcher
 from tools.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tools.cli import InputError
 from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
-from tools.files import read_lines, write_json
-from training.data import DumpDataset, StepBatches, make_loader
+from tools.files import write_json
+from training.data import StepBatches, make_loader
+from training.monitor import Monitor
+from training.sources import training_samples, validation_samples
+from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
+NAMED_PAIRS = 5  # in the message that ends such a run
 WARM_LOGIT_SCALE = 39.0  # of a perfect match; 21 * 21 / sqrt(128)
 WARM_RESIDUAL = 0.02
 WARM_BIN_SCORE = 30.0
-# what may differ when a run goes on: where things are, how long it lasts, what it runs on
+# what may differ when a run goes on: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
-                  "keep_checkpoints", "base_path", "val_scene_list_fn", "scene_list_fn", "val_pairs"}
-LOGGED = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
-          "total_acc_incorr")
-LOGGED_WITH_POSE = (*LOGGED, "pose_loss", "pose_samples")
+                  "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
+                  "val_images", "do_eval", "eval_epochs", "precision", "compile"}
+SCALARS = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
+           "total_acc_incorr", "total_matches")
 
 
 @torch.no_grad()
@@ -65,15 +69,17 @@ def build(config: dict):
     return matcher
 
 
-def make_dataset(config: dict, scene_list_fn, pairs_per_scene: int, seed: int) -> DumpDataset:
-    """Samples from the scenes of a list file (None: all of the dump)."""
-    scenes = read_lines(scene_list_fn) if scene_list_fn else None
-    dataset = DumpDataset(config["base_path"], scenes, pairs_per_scene, config["max_keypoints"], config["min_inliers"],
-                          config["max_inliers"], config["random_inliers"], seed)
-    if dataset.feature_type != config["feature"]:
-        raise InputError(f"{config['base_path']} holds {dataset.feature_type} features, the config says feature "
-                         f"{config['feature']}")
-    return dataset
+def _without_paths(key: str, value):
+    """What a setting says besides where things are."""
+    if key == "online_sources":
+        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")} for entry in value]
+    return value
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # a sample-making process hands on the text of its error alone
+    words = ("MemoryError", "can't allocate memory", "killed by signal: Killed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in words)
 
 
 class Trainer:
@@ -86,33 +92,35 @@ class Trainer:
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
-        self.dataset = make_dataset(config, config["scene_list_fn"], config["pairs_per_scene"], config["seed"])
-        self.val_dataset = None
-        if config["val_scene_list_fn"]:
-            # its own seed, fixed: the same validation samples in every run
-            self.val_dataset = make_dataset(config, config["val_scene_list_fn"], config["val_pairs"], seed=10 ** 6)
-            shared = set(self.val_dataset.scenes) & set(self.dataset.scenes)
-            if shared:
-                raise InputError(f"scene {min(shared)} is in both scene_list_fn and val_scene_list_fn")
+        self.samples = training_samples(config)
+        self.val_samples = validation_samples(config, self.samples.scenes)
         self.epoch_steps = config["its_per_epoch"]
         if self.epoch_steps == -1:
-            self.epoch_steps = max(1, self.dataset.pairs.draw_size // config["batch_size"])
+            self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
         self.model = build(config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optim"]]
-        self.optimizer = kind(self.model.parameters(), lr=config["lr"])
-        self.step, self.best, self.bad_steps = 0, None, 0
-        if config["resume_path"]:
+        self.optimizer = kind(self.model.parameters(), lr=config["lr"], fused=job.device.type == "cuda")
+        self.step, self.best = 0, None
+        self.bad = []  # of this epoch: steps whose loss was not finite, and their pairs
+        self.skipped = Counter()  # (source, reason) of pairs that could not be read
+        latest = self.folder / "latest.pth"
+        begins_there = config["resume_path"] and Path(config["resume_path"]) == self.folder and not latest.exists()
+        if config["resume_path"] and not begins_there:
             self.resume(config["resume_path"])
-        elif (self.folder / "latest.pth").exists():
+        elif latest.exists():
             raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to go on with it, or "
                              "another save_path")
+        if config["compile"]:
+            for layer in self.model.gnn.layers:
+                layer.compile()
         self.parallel = self.model
         if job.world_size > 1:
             self.parallel = DistributedDataParallel(self.model)
+        self.monitor = None
         self.stop = threading.Event()
 
     def resume(self, path) -> None:
@@ -122,23 +130,25 @@ class Trainer:
         if "optimizer" not in content:
             raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
         for key, value in content["config"].items():
-            if key not in FREE_IN_RESUME and value != self.config.get(key):
+            if key not in FREE_IN_RESUME and _without_paths(key, value) != _without_paths(key, self.config.get(key)):
                 raise InputError(f"{path} was trained with {key} {value}, now it is {self.config.get(key)}: give the "
                                  "same, or start a new run with weight_path")
         load_weights(self.model, content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.best, self.bad_steps = content["step"], content["best"], content["bad_steps"]
-        if content["scenes"] != self.dataset.scenes:
-            raise InputError(f"{path} was trained on {len(content['scenes'])} other scenes than base_path and "
-                             f"scene_list_fn name now ({len(self.dataset.scenes)})")
+        self.step, self.best = content["step"], content["best"]
+        # version 1 did not have them
+        self.bad, draw_size = content.get("bad", []), content.get("draw_size", self.samples.draw_size)
+        if content["scenes"] != self.samples.scenes or draw_size != self.samples.draw_size:
+            raise InputError(f"{path} was trained on other scenes or photographs: {len(content['scenes'])} scenes, "
+                             f"{draw_size} items a draw; now {len(self.samples.scenes)} and {self.samples.draw_size}")
 
     def save(self, *names: str) -> None:
         """Write the state under each name in the run's folder; keep the last few epochs' files."""
         if not self.job.is_main:
             return
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                   "best": self.best, "bad_steps": self.bad_steps, "config": self.config,
-                   "scenes": self.dataset.scenes, "version": 1}
+                   "best": self.best, "bad": self.bad, "config": self.config, "scenes": self.samples.scenes,
+                   "draw_size": self.samples.draw_size, "version": 2}
         for name in names:
             save_checkpoint(self.folder / f"{name}.pth", content)
         epochs = sorted(path for path in self.folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+", path.stem))
@@ -161,91 +171,142 @@ class Trainer:
         config, job = self.config, self.job
         if job.is_main:
             write_json(self.folder / "config.json", config)
+            self.monitor = Monitor(self.folder, self.step, config["batch_size"])
         last_step = config["epochs"] * self.epoch_steps
-        deadline = time.monotonic() + 60 * config["max_minutes"] if config["max_minutes"] else float("inf")
-        batches = StepBatches(self.step, last_step, config["batch_size"], job.rank, job.world_size)
+        minutes = config["max_minutes"]
+        self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        steps = StepBatches(self.step, last_step, config["batch_size"], job.rank, job.world_size)
         workers = -(-config["workers"] // job.world_size)
-        loader = iter(make_loader(self.dataset, batches, workers, job.device.type == "cuda"))
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1) if job.is_main else None
+        self.batches = iter(make_loader(self.samples, steps, workers, job.device.type == "cuda"))
+        batch = self._next_batch()
         while self.step < last_step:
             epoch = self.step // self.epoch_steps
             end = min((epoch + 1) * self.epoch_steps, last_step)
-            bar = tqdm(total=self.epoch_steps, initial=self.step % self.epoch_steps, desc=f"epoch {epoch}", unit="step",
-                       disable=not job.is_main)
-            with bar:
-                while self.step < end:
-                    interrupted, late = job.any([self.stop.is_set(), time.monotonic() > deadline])
-                    if interrupted or late:
-                        self.save("latest")
-                        return "stopped" if interrupted else "time is up"
-                    self._step(next(loader), bar)
-            self.bad_steps = 0
-            names = ["latest", f"epoch_{epoch:05d}"]
-            if self.val_dataset is not None and self._validate():
-                names.append("best")
-            self.save(*names)
+            if self.monitor:
+                self.monitor.begin_epoch(epoch, self.step % self.epoch_steps, self.epoch_steps)
+            how = ""
+            while self.step < end and not how:
+                batch, how = self._step(batch)
+            if self.monitor:
+                self.monitor.end_epoch(self.step)
+            if self.step == end:
+                self._end_epoch(epoch)
+            if how:
+                self.save("latest")
+                return how
         return "finished"
 
-    def _step(self, batch: dict, bar) -> None:
+    def _end_epoch(self, epoch: int) -> None:
+        """Validate and save; pairs left out and losses left out are counted anew."""
+        self.bad = []
+        names = ["latest", f"epoch_{epoch:05d}"]
+        if self.val_samples is not None and self._validate((epoch + 1) % self.config["eval_epochs"] == 0):
+            names.append("best")
+        self.save(*names)
+
+    def _autocast(self):
+        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.config["precision"] == "bfloat16")
+
+    def _next_batch(self) -> dict | None:
+        """The next batch, on its way to the device; None after the last."""
+        start = time.perf_counter()
+        batch = next(self.batches, None)
+        self.waited = time.perf_counter() - start
+        if batch is None:
+            return None
+        if "failed" in batch:
+            raise InputError(batch["failed"])
+        self.skipped.update(batch["skipped"])
+        return {**to_device(batch, self.job.device), "names": batch["names"]}
+
+    def _step(self, batch: dict) -> tuple[dict | None, str]:
+        """One step on a batch; returns the next batch, and why to stop, if so."""
+        config, waited = self.config, self.waited
+        lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = lr
+        pose_weight = config["pose_weight"] if config["with_pose"] and self.step >= config["pose_start"] else 0.0
+        names = batch.pop("names")
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
-        config = self.config
-        pose_weight = config["pose_weight"] if config["with_pose"] and self.step >= config["pose_start"] else 0.0
-        batch = {key: value.to(self.job.device, non_blocking=True) for key, value in batch.items()}
-        out = self.parallel(batch, pose_weight=pose_weight)
+        with self._autocast():
+            out = self.parallel(batch, pose_weight=pose_weight)
         out["loss"].backward()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        following = self._next_batch()  # while the device is at work: nothing has waited for it yet
         # the gradients have been averaged: a bad loss anywhere spoils them everywhere
-        (bad,) = self.job.any([not bool(torch.isfinite(out["loss"]))])
+        bad, interrupted, late = self.job.any([not bool(torch.isfinite(out["loss"]) & torch.isfinite(grad_norm)),
+                                               self.stop.is_set(), time.monotonic() > self.deadline])
         self.step += 1
         if bad:
-            self.bad_steps += 1
-            if self.bad_steps >= MAX_BAD_STEPS:
-                raise InputError(f"the loss was not finite in {MAX_BAD_STEPS} steps of one epoch (step {self.step}): "
-                                 "lower lr, or look at the data")
+            self._skip(batch, names)
         else:
             self.optimizer.step()
-        names = LOGGED_WITH_POSE if pose_weight > 0 else LOGGED
-        values = self.job.mean(torch.stack([out[name].detach().float() for name in names]))
-        if self.writer is not None:
-            logged = dict(zip(names, values.tolist()))
-            for name, value in logged.items():
-                self.writer.add_scalar(f"train/{name}", value, self.step)
-            self.writer.add_scalar("train/lr", learning_rate(self.config, self.step - 1), self.step)
-            recall = logged["acc_corr"] / max(logged["total_acc_corr"], 1e-9)
-            bar.set_postfix(loss=f"{logged['loss']:.3f}", recall=f"{recall:.2f}")
-        bar.update()
+        self._log(out, {"lr": lr, "grad_norm": grad_norm.item()}, waited)
+        return following, "stopped" if interrupted else "time is up" if late else ""
 
-    @torch.no_grad()
-    def _validate(self) -> bool:
-        """Loss, precision and recall on the validation samples; whether the loss is the best so far."""
-        config, job = self.config, self.job
+    def _skip(self, batch: dict, names: list[str]) -> None:
+        """Leave out a step whose loss or gradient is not finite, in all processes; too many in an epoch end the run."""
+        inputs = [value for value in batch.values() if value.is_floating_point()]
+        spoilt = [name for i, name in enumerate(names) if not all(bool(value[i].isfinite().all()) for value in inputs)]
+        gathered = list(zip(*self.job.gather((spoilt, names))))
+        everywhere = [[name for of_process in lists for name in of_process] for lists in gathered]
+        self.bad.append([self.step, everywhere[0] or everywhere[1]])
+        if len(self.bad) >= MAX_BAD_STEPS:
+            counts = Counter(name for _, pairs in self.bad for name in pairs).most_common(NAMED_PAIRS)
+            raise InputError(f"the loss was not finite in {MAX_BAD_STEPS} steps of one epoch (step {self.step}): lower "
+                             f"lr, or look at these pairs: {', '.join(name for name, _ in counts)}")
+
+    def _log(self, out: dict, values: dict, waited: float) -> None:
+        names = [name for name in (*SCALARS, "pose_loss", "pose_samples") if name in out]
+        each = out["per_iteration"]
+        # one reduction for all of them
+        flat = torch.cat([torch.stack([out[name].detach().float() for name in names]),
+                          *(value.float() for value in each.values())])
+        flat = self.job.mean(flat).cpu().numpy()
+        if self.monitor:
+            arrays = flat[len(names):].reshape(len(each), -1)
+            values |= {"skipped_steps": len(self.bad), **dict(zip(names, flat.tolist()))}
+            self.monitor.log_step(self.step, values, dict(zip(each, arrays)), waited)
+
+    def _validate(self, due: bool) -> bool:
+        """Log what validation says, with poses and pictures if due; whether the loss is the best so far."""
+        config, with_pose = self.config, self.config["do_eval"] and due
         self.model.eval()
-        n_batches = max(1, min(config["val_pairs"], self.val_dataset.pairs.draw_size) // config["batch_size"])
-        batches = StepBatches(0, n_batches, config["batch_size"], job.rank, job.world_size)
-        totals = torch.zeros(4, dtype=torch.float64, device="cpu")
-        for batch in make_loader(self.val_dataset, batches, 0, False):
-            batch = {key: value.to(job.device) for key, value in batch.items()}
-            out = self.model(batch)
-            truth = batch["matching_mask"][:, :-1].max(dim=2)
-            is_match = truth.indices < batch["matching_mask"].shape[2] - 1
-            right = is_match & (out["matches0"] == truth.indices)
-            totals += torch.tensor([out["loss"].item(), right.sum().item(), (out["matches0"] >= 0).sum().item(),
-                                    is_match.sum().item()])
-        loss, right, predicted, true = job.mean(totals.to(job.device, torch.float32)).tolist()
-        loss /= n_batches
-        precision, recall = right / max(predicted, 1e-9), right / max(true, 1e-9)
-        is_best = self.best is None or loss < self.best
+        with self._autocast():
+            numbers = validate(self.model, self.val_samples, self.job, config["val_pairs"], config["batch_size"],
+                               with_pose)
+        is_best = self.best is None or numbers["loss"] < self.best
         if is_best:
-            self.best = loss
-        if self.writer is not None:
-            for name, value in (("loss", loss), ("precision", precision), ("recall", recall)):
-                self.writer.add_scalar(f"val/{name}", value, self.step)
-            tqdm.write(f"step {self.step}: validation loss {loss:.4f}, precision {precision:.3f}, recall {recall:.3f}")
+            self.best = numbers["loss"]
+        if self.monitor:
+            self.monitor.log_validation(self.step, numbers)
+            if with_pose and config["val_images"]:
+                self._draw_matches()
         return is_best
 
+    def _draw_matches(self) -> None:
+        try:
+            with self._autocast():
+                pictures = match_pictures(self.model, self.val_samples, self.config["val_images"], self.job.device)
+            self.monitor.log_pictures(self.step, pictures)
+        except InputError as error:  # which is no reason to end a run
+            print(f"no pictures of matches: {error}", file=sys.stderr)
 
-def train(config: dict, job: Job) -> str:
-    """Train as `config` says in this process of the job; returns how it ended."""
-    return Trainer(config, job).run()
+
+def train(config: dict, job: Job) -> tuple[str, list]:
+    """Train as `config` says in this process of the job.
+
+    Returns how it ended, and what could not be read, as (source, reason) pairs.
+    """
+    try:
+        trainer = Trainer(config, job)
+        how = trainer.run()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory with batch_size {config['batch_size']} over {job.world_size} processes, "
+                         f"max_keypoints {config['max_keypoints']}, workers {config['workers']}: lower one of them"
+                         ) from None
+    skipped = sum(job.gather(trainer.skipped), Counter())
+    return how, [(source, f"{reason} ({count} times)") for (source, reason), count in sorted(skipped.items())]

@@ -1,0 +1,78 @@
+"""A configuration -> where its samples come from: a dump, or images and dumps mixed."""
+from pathlib import Path
+
+from tools.cli import InputError
+from tools.files import read_lines
+from tools.manifest import manifest_path
+from training.data import Choice, DumpSource, Samples
+from training.online import PhotoSource, SceneSource, ViewSettings
+
+MIN_MATCHES = 21  # true ones, of a pair made on the fly (SPEC 4)
+SPP_SETTINGS = {"keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"}  # SPEC 3, "Dump"
+
+
+def _read_scenes(path) -> list[str] | None:
+    return read_lines(path) if path else None
+
+
+def _open_dump(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int) -> DumpSource:
+    source = DumpSource(path, _read_scenes(scene_list_fn), pairs_per_scene, seed)
+    if source.feature_type != config["feature"]:
+        raise InputError(f"{path} holds {source.feature_type} features, the config says feature {config['feature']}")
+    return source
+
+
+def dump_samples(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int) -> Samples:
+    """Samples from the scenes of a dump that are in a list file (None: all)."""
+    source = _open_dump(config, path, scene_list_fn, pairs_per_scene, seed)
+    least, n = source.min_keypoints, config["max_keypoints"]
+    if least < n:
+        raise InputError(f"{path} admits images with {least} keypoints, a sample takes {n}: dump with --min_keypoints "
+                         f"{n}, or train with max_keypoints {least}")
+    return Samples([source], Choice(n, config["min_inliers"], config["max_inliers"], config["random_inliers"]), seed)
+
+
+def online_samples(config: dict) -> Samples:
+    """Samples made on the fly from photographs and MegaDepth's layout, mixed with those of dumps."""
+    extractor = {"max_keypoints": config["extract_keypoints"]}
+    extractor |= {"contrast_threshold": config["contrast_threshold"]} if config["feature"] == "sift" else SPP_SETTINGS
+    settings = ViewSettings(config["feature"], tuple(extractor.items()), config["unique_locations"],
+                            config["view_size"], config["online_views"], config["inlier_th"])
+    entries = config["online_sources"] or [{"path": config["base_path"], "scene_list_fn": config["scene_list_fn"]}]
+    sources, seed, per_scene = [], config["seed"], config["pairs_per_scene"]
+    for entry in entries:
+        path, scene_list_fn = Path(entry["path"]), entry.get("scene_list_fn")
+        if not path.is_dir():
+            raise InputError(f"{path} is not a folder: online training takes photographs, MegaDepth's layout or a dump")
+        if manifest_path(path).is_file():
+            sources.append(_open_dump(config, path, scene_list_fn, per_scene, seed))
+        elif (path / "scene_info").is_dir():
+            sources.append(SceneSource(path, _read_scenes(scene_list_fn), per_scene, settings, seed))
+        else:
+            sources.append(PhotoSource(path, settings, seed))
+    choice = Choice(config["max_keypoints"], config["min_inliers"], config["max_inliers"], config["random_inliers"],
+                    config["min_keypoints"], MIN_MATCHES)
+    return Samples(sources, choice, seed, [entry.get("weight", 1) for entry in entries], settings.pairs)
+
+
+def training_samples(config: dict) -> Samples:
+    """What a run trains on."""
+    if config["online"]:
+        return online_samples(config)
+    return dump_samples(config, config["base_path"], config["scene_list_fn"], config["pairs_per_scene"],
+                        config["seed"])
+
+
+def validation_samples(config: dict, training_scenes: list[str]) -> Samples | None:
+    """What a run validates on, the same in every run; None if the configuration names nothing.
+
+    InputError if a scene of it is trained on.
+    """
+    if not config["val_path"] and not config["val_scene_list_fn"]:
+        return None
+    samples = dump_samples(config, config["val_path"] or config["base_path"], config["val_scene_list_fn"],
+                           config["val_pairs"], seed=10 ** 6)
+    shared = set(samples.scenes) & set(training_scenes)
+    if shared:
+        raise InputError(f"scene {min(shared)} is in both the training and the validation scenes")
+    return samples

@@ -1,0 +1,88 @@
+"""How good a matcher is on held-out samples: loss, matches, poses, and pictures of them."""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eval.metrics import epipolar_error, pose_auc, pose_error
+from eval.pose import estimate_pose
+from nets.losses import targets_from_mask
+from tools.distributed import Job
+from tools.files import read_image
+from tools.visualize import draw_matches
+from training.data import Samples, StepBatches, collate, make_loader
+
+POSE_THRESHOLD = 3.0  # pixels, of the estimator
+AUC_THRESHOLDS = (5, 10, 20)  # degrees
+N_PICTURES = 4
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch, on a device, descriptors in single precision."""
+    tensors = {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    return {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}
+
+
+def _matches_of(batch: dict, matches0: torch.Tensor, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices in view 0 and view 1 of the matches of sample i."""
+    matches = matches0[i].cpu().numpy()
+    rows = np.flatnonzero(matches >= 0)
+    return rows, matches[rows]
+
+
+def _pose_errors(batch: dict, matches0: torch.Tensor) -> list[float]:
+    """Pose error in degrees, inf where there is no pose, of each sample (SPEC 14)."""
+    errors = []
+    for i in range(len(matches0)):
+        rows0, rows1 = _matches_of(batch, matches0, i)
+        K0, K1 = batch["K0"][i].double().numpy(), batch["K1"][i].double().numpy()
+        pose = estimate_pose(batch["keypoints0"][i].numpy()[rows0], batch["keypoints1"][i].numpy()[rows1], K0, K1,
+                             POSE_THRESHOLD)
+        T_0to1 = batch["T_0to1"][i].double().numpy()
+        errors.append(np.inf if pose is None else max(pose_error(T_0to1, *pose[:2])))
+    return errors
+
+
+@torch.no_grad()
+def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int, with_pose: bool) -> dict[str, float]:
+    """Loss, precision and recall of a matcher in evaluation mode, over all processes of the job; with_pose: also
+    auc5, auc10, auc20 of the pose error."""
+    n_batches = max(1, min(n_samples, samples.draw_size) // batch_size)
+    batches = StepBatches(0, n_batches, batch_size, job.rank, job.world_size)
+    totals, errors = torch.zeros(4, dtype=torch.float64), []
+    for batch in make_loader(samples, batches, 0, False):
+        tensors = to_device(batch, job.device)
+        out = model(tensors)
+        truth = targets_from_mask(tensors["matching_mask"]).matches0
+        is_match = (truth >= 0) & (truth < tensors["matching_mask"].shape[2] - 1)
+        right = is_match & (out["matches0"] == truth)
+        totals += torch.stack([out["loss"], right.sum(), (out["matches0"] >= 0).sum(), is_match.sum()]).cpu()
+        if with_pose:
+            errors += _pose_errors(batch, out["matches0"])
+    loss, right, predicted, true = job.mean(totals.to(job.device, torch.float32)).tolist()
+    numbers = {"loss": loss / n_batches, "precision": right / max(predicted, 1e-9), "recall": right / max(true, 1e-9)}
+    if with_pose:
+        errors = [error for of_process in job.gather(errors) for error in of_process]
+        aucs = pose_auc(errors, AUC_THRESHOLDS)
+        numbers |= {f"auc{threshold}": auc for threshold, auc in zip(AUC_THRESHOLDS, aucs)}
+    return numbers
+
+
+@torch.no_grad()
+def match_pictures(model, samples: Samples, images, device: torch.device) -> list[np.ndarray]:
+    """Pictures (H, W, 3) BGR of the matches of the first samples, by epipolar error; always the same samples.
+
+    images: the folder that image paths of the dump are relative to. InputError if an image is not there.
+    """
+    (source,) = samples.sources
+    pictures = []
+    for k in range(min(N_PICTURES, samples.draw_size)):
+        batch = collate([samples[k]])
+        rows0, rows1 = _matches_of(batch, model(to_device(batch, device))["matches0"], 0)
+        x0, x1 = (batch[f"camera_keypoints{v}"][0].numpy()[rows] for v, rows in (("0", rows0), ("1", rows1)))
+        paths = source.pair(k, 0).image_paths
+        pictures.append(draw_matches(
+            *(read_image(Path(images) / path) for path in paths), batch["keypoints0"][0].numpy()[rows0],
+            batch["keypoints1"][0].numpy()[rows1], ["   ".join(paths)],
+            errors=epipolar_error(x0, x1, batch["E"][0].double().numpy())))
+    return pictures
