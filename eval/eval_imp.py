@@ -11,6 +11,7 @@ pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interru
 """
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -63,7 +64,7 @@ MEGADEPTH1500_SCENES = ("0015", "0022")
 
 
 def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[str, list[PairResult]],
-                   setting: PoseSetting, count: int, seed: int = 0, device="cpu") -> list[tuple[str, str]]:
+                   setting: PoseSetting, count: int, device="cpu") -> list[tuple[str, str]]:
     """Draw pairs from the easiest to the hardest for the last method, all methods below each other, as pairs_*.png.
 
     results: those of `evaluate` with `setting`. Pairs without a known pose are ordered by their number of matches.
@@ -85,7 +86,7 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
             failed.append((f"pairs_{name}.png", str(error)))
             continue
         strips = []
-        for method, outcome in run_pair(pair, methods, [setting], seed, device)[setting].items():
+        for method, outcome in run_pair(pair, methods, [setting], device)[setting].items():
             row = results[method][i]
             title = [f"{method}   {row.names[0]}   {row.names[1]}"]
             if row.error is not None:
@@ -241,6 +242,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="evaluate that many pairs, spread evenly over the set")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the pose estimator and of the intervals (default: %(default)s)")
+    parser.add_argument("--estimator_seeds", type=int, default=1, metavar="N",
+                        help="estimate each pose N times, with the seeds from --seed on: AUCs are means over them, all "
+                        "else is of the first (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, default=0, help="processes that estimate poses while the network runs; "
                         "0: all in turn, for times that can be compared (default: %(default)s)")
@@ -258,6 +262,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--limit is a number of pairs, 1 or more")
     if args.workers < 0:
         parser.error("--workers is a number of processes, 0 or more")
+    if args.estimator_seeds < 1:
+        parser.error("--estimator_seeds is a number of seeds, 1 or more")
+    if args.estimator_seeds > 1 and args.threshold == "sweep":
+        parser.error("--estimator_seeds goes with one --threshold, not with a sweep")
     if args.use_uncertainty and not args.use_iterative:
         parser.error("--use_uncertainty goes with --use_iterative")
     args.device = str(choose_device(args.device))
@@ -283,12 +291,13 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     """Evaluate as the command line says: results, pairs skipped, and with a sweep what it found."""
     estimators = list(ESTIMATORS) if args.estimator == "all" else [args.estimator]
     thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
-    settings = [PoseSetting(estimator, threshold) for estimator in estimators for threshold in thresholds]
+    settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators for threshold in thresholds
+                for k in range(args.estimator_seeds)]
     made_of = journal_settings(args, pair_set, methods)
 
     def evaluate_some(journal_name, some, settings):
         with Journal(Path(args.save_path) / journal_name, made_of) as journal:
-            return evaluate(pair_set, some, settings, args.seed, args.device, args.limit, args.workers, journal)
+            return evaluate(pair_set, some, settings, args.device, args.limit, args.workers, journal)
 
     if args.threshold != "sweep":
         return *evaluate_some(JOURNALS[0], methods, settings), None
@@ -299,10 +308,18 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     if not any(pose_errors(rows) for rows in results[settings[0]].values()):
         raise InputError("--threshold sweep needs pairs with a known pose")
     sweep = sweep_thresholds(results)
-    best = best_settings(sweep)
+    best = best_settings(sweep, args.seed)
     more = evaluate_some(JOURNALS[1], loops, best)[0] if loops else {setting: {} for setting in best}
     both = {setting: results[setting] | more[setting] for setting in best}
     return {setting: {name: both[setting][name] for name in methods} for setting in best}, skipped, sweep
+
+
+def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSetting, list]]:
+    """Results with the first seed, and for each of these settings those with the other seeds."""
+    first = {setting: of_setting for setting, of_setting in results.items() if setting.seed == seed}
+    others = {setting: [of_other for other, of_other in results.items()
+                        if other != setting and replace(other, seed=seed) == setting] for setting in first}
+    return first, others
 
 
 def main(argv=None) -> int:
@@ -312,7 +329,8 @@ def main(argv=None) -> int:
     results, skipped, sweep = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
         raise InputError(f"none of the pairs could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    summaries = {setting: summarize(of_setting, args.seed) for setting, of_setting in results.items()}
+    results, others = by_first_seed(results, args.seed)
+    summaries = {setting: summarize(of_setting, args.seed, others[setting]) for setting, of_setting in results.items()}
     for setting, summary in summaries.items():
         best = ", the best threshold on these very pairs and so an optimistic one" if sweep else ""
         print(f"{setting}{best}", format_table(summary), sep="\n")
@@ -343,7 +361,7 @@ def main(argv=None) -> int:
         plot_iterations_used(folder / "iterations_used.png", results)
     if args.plot_time_auc and scored:
         plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
-    not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.seed, args.device)
+    not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
     for name in JOURNALS:  # all is written: there is nothing left to go on with
         (folder / name).unlink(missing_ok=True)
     print(f"results: {folder}")

@@ -1,7 +1,8 @@
 """The file that lets an interrupted evaluation go on: a line of JSON for each finished pair.
 
-    {"format": "imp-eval-journal", "version": 1, "settings": {...}}       first line: what the results depend on
-    {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "result": {...}}, ...]}
+    {"format": "imp-eval-journal", "version": 2, "settings": {...}}       first line: what the results depend on
+    {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "seed": ..., "result": {...}},
+                              ...]}
     ...
 
 `pair` is the place in the set, `result` the fields of `eval.results.PairResult`; an error without a pose is Infinity,
@@ -16,7 +17,7 @@ from tools.cli import InputError
 from tools.manifest import check_settings
 
 FORMAT = "imp-eval-journal"
-VERSION = 1
+VERSION = 2
 
 
 class Journal:

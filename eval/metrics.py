@@ -33,10 +33,15 @@ def _auc(errors: np.ndarray, thresholds) -> np.ndarray:
 
 
 def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000) -> list[tuple[float, float]]:
-    """95% intervals of `pose_auc` when the pairs are drawn anew with replacement: (low, high) for each threshold."""
-    errors = np.asarray(errors, np.float64)
-    drawn = errors[np.random.default_rng(seed).integers(0, len(errors), (samples, len(errors)))]
-    low, high = np.percentile(_auc(drawn, thresholds), [2.5, 97.5], axis=1)
+    """95% intervals of `pose_auc` when the pairs are drawn anew with replacement: (low, high) for each threshold.
+
+    errors (N,), or (S, N) of S runs over the same pairs, whose mean AUC it is then.
+    """
+    errors = np.atleast_2d(np.asarray(errors, np.float64))
+    n = errors.shape[1]
+    drawn = np.random.default_rng(seed).integers(0, n, (samples, n))
+    low, high = np.percentile(np.mean([_auc(of_run[drawn], thresholds) for of_run in errors], axis=0), [2.5, 97.5],
+                              axis=1)
     return [(float(a), float(b)) for a, b in zip(low, high)]
 
 

@@ -24,24 +24,27 @@ def _mean(values) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _auc(errors: list[float], seed: int) -> dict:
-    """AUC at each threshold, and its 95% interval; {} without errors."""
-    if not errors:
+def _auc(errors: list[list[float]], seed: int) -> dict:
+    """Mean AUC of some runs over the same pairs at each threshold, and its 95% interval; {} without errors."""
+    if not errors[0]:
         return {}
     names = list(map(str, AUC_THRESHOLDS))
-    return {"auc": dict(zip(names, pose_auc(errors, AUC_THRESHOLDS))),
+    aucs = np.mean([pose_auc(of_run, AUC_THRESHOLDS) for of_run in errors], axis=0)
+    return {"auc": dict(zip(names, aucs.tolist())),
             "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
 
 
-def summarize(results: dict[str, list[PairResult]], seed: int) -> dict[str, dict]:
+def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dict[str, dict]:
     """Numbers per method. With depth, the first method's recall is the one at which all methods' precision is given.
 
-    Shares and AUCs in [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled.
+    others: results of the same pairs with other seeds of the estimator; AUCs are means over all. Shares and AUCs in
+    [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled.
     """
     summary, baseline_recall = {}, None
     for method, rows in results.items():
         errors = pose_errors(rows)
-        numbers = {"pairs": len(rows), "pairs_with_pose": len(errors), **_auc(errors, seed)}
+        numbers = {"pairs": len(rows), "pairs_with_pose": len(errors),
+                   **_auc([errors, *(pose_errors(other[method]) for other in others)], seed)}
         if errors:
             numbers["pose_found"] = float(np.mean(np.isfinite(errors)))
         numbers["precision"] = _mean(row.precision for row in rows)
@@ -92,7 +95,7 @@ def summarize_iterations(rows: list[PairResult], seed: int) -> list[dict]:
                 kept.append((step.kept0 + step.kept1) / 2)
             n_stopped += bool(ends and row.stopped_early)
         numbers.append({"iterations": iterations, "running": len(kept) / len(rows), "stopped": n_stopped / len(rows),
-                        "keypoints_kept": float(np.mean(kept)), **_auc(pose_errors(sources), seed),
+                        "keypoints_kept": float(np.mean(kept)), **_auc([pose_errors(sources)], seed),
                         "precision": _mean(source.precision for source in sources)})
     return numbers
 
@@ -167,9 +170,9 @@ def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]
     return sweep
 
 
-def best_settings(sweep: dict) -> list[PoseSetting]:
+def best_settings(sweep: dict, seed: int = 0) -> list[PoseSetting]:
     """For each estimator the threshold with the highest AUC@10, averaged over the methods; the first of equals."""
-    return [PoseSetting(estimator, max(by_threshold, key=lambda t: np.mean(list(by_threshold[t].values()))))
+    return [PoseSetting(estimator, max(by_threshold, key=lambda t: np.mean(list(by_threshold[t].values()))), seed)
             for estimator, by_threshold in sweep.items()]
 
 

@@ -24,10 +24,11 @@ from tools.processes import WorkerPool
 
 @dataclass(frozen=True)
 class PoseSetting:
-    """A robust estimator (a key of `eval.pose.ESTIMATORS`) and its threshold in pixels."""
+    """A robust estimator (a key of `eval.pose.ESTIMATORS`), its threshold in pixels, and the seed of its samples."""
 
     estimator: str = "magsac"
     threshold: float = 1.0
+    seed: int = 0
 
     def __str__(self):
         return f"{self.estimator} at {self.threshold:g} px"
@@ -42,8 +43,8 @@ class _Estimate:
     pool: the processes that do it, or None. network: the lock that the caller holds; it is open while others compute.
     """
 
-    def __init__(self, pair: EvalPair, setting: PoseSetting, seed: int, pool, network):
-        self.pair, self.setting, self.seed, self.pool, self.network = pair, setting, seed, pool, network
+    def __init__(self, pair: EvalPair, setting: PoseSetting, pool, network):
+        self.pair, self.setting, self.pool, self.network = pair, setting, pool, network
         self.seconds = 0.0
 
     def __call__(self, matches: np.ndarray) -> tuple | None:
@@ -51,7 +52,7 @@ class _Estimate:
         if pair.K0 is None:
             return None
         arguments = (pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-                     self.setting.threshold, self.setting.estimator, self.seed)
+                     self.setting.threshold, self.setting.estimator, self.setting.seed)
         if self.pool is None:
             pose, seconds = timed_estimate_pose(*arguments)
         else:
@@ -64,8 +65,8 @@ class _Estimate:
         return pose
 
 
-def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSetting], seed: int = 0, device="cpu",
-             pool=None, network=None) -> dict[PoseSetting, dict]:
+def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSetting], device="cpu", pool=None,
+             network=None) -> dict[PoseSetting, dict]:
     """All methods on one pair with all estimators: {setting: {method: Outcome}}.
 
     pool: processes that estimate poses, or None. network: a lock held while the methods compute here, so that they
@@ -75,7 +76,7 @@ def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSett
     network = network or threading.Lock()
     with network:
         for name, method in methods.items():
-            estimates = [_Estimate(pair, setting, seed, pool, network) for setting in settings]
+            estimates = [_Estimate(pair, setting, pool, network) for setting in settings]
             for setting, estimate, outcome in zip(settings, estimates, method.run(data, estimates)):
                 outcome.seconds["pose"] = estimate.seconds  # without the wait for a process and for the network
                 outcomes[setting][name] = outcome
@@ -89,7 +90,7 @@ def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
     return np.unique(np.linspace(0, n_pairs - 1, limit).round().astype(int))
 
 
-def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], seed: int = 0, device="cpu",
+def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], device="cpu",
              limit: int | None = None, workers: int = 0, journal: Journal | None = None
              ) -> tuple[Results, list[tuple[str, str]]]:
     """Run methods {name: Method} on the pairs of a set (eval.pair_sets), with each of the estimators.
@@ -105,7 +106,7 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
 
     def add(rows):
         for row in rows:
-            results[PoseSetting(row["estimator"], row["threshold"])][row["method"]].append(
+            results[PoseSetting(row["estimator"], row["threshold"], row["seed"])][row["method"]].append(
                 PairResult.from_json(row["result"]))
 
     def read():
@@ -124,9 +125,9 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
         if pair is None:
             return position, None
         true0 = true_correspondences(pair)
-        outcomes = run_pair(pair, methods, settings, seed, device, pool, network)
+        outcomes = run_pair(pair, methods, settings, device, pool, network)
         return position, [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold,
-                           "result": score_pair(pair, outcome, true0, seconds).to_json()}
+                           "seed": setting.seed, "result": score_pair(pair, outcome, true0, seconds).to_json()}
                           for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
 
     n_before = sum(int(position) in finished for position in positions)

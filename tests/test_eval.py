@@ -275,6 +275,27 @@ def test_all_estimators_have_a_table_each(scene, tmp_path, capsys):
     assert read_tables(tmp_path / "one") == tables[2:]
 
 
+def test_aucs_are_means_over_the_seeds_of_the_estimator(scene, weights, tmp_path):
+    def numbers(name, *options):
+        command = evaluate_command(scene, tmp_path / name, "--estimator", "ransac", "--weights", weights,
+                                   "--use_iterative", *options, methods=["NN", "IMP"])
+        assert run(eval_imp.main, command) == 0
+        return read_tables(tmp_path / name)
+
+    (mean,) = numbers("mean", "--seed", 3, "--estimator_seeds", 2)
+    (one,), (other,) = numbers("one", "--seed", 3), numbers("other", "--seed", 4)
+    differ = 0
+    for method, expected in mean["methods"].items():
+        aucs = [table["methods"][method]["auc"] for table in (one, other)]
+        differ += aucs[0] != aucs[1]
+        for threshold, value in expected["auc"].items():
+            assert value == pytest.approx((aucs[0][threshold] + aucs[1][threshold]) / 2)
+        assert expected["precision"] == one["methods"][method]["precision"]
+    assert differ
+    pairs = [(tmp_path / name / "pairs.csv").read_text().splitlines() for name in ("mean", "one")]
+    assert len(pairs[0]) == len(pairs[1])
+
+
 def test_a_sweep_takes_the_best_threshold_and_says_so(scene, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_imp, "SWEEP", (60.0, 1.0))
     command = evaluate_command(scene, tmp_path / "sweep", "--estimator", "poselib", "--threshold", "sweep", "--weights",
@@ -402,7 +423,7 @@ def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
     with Journal(path, {"seed": 7}):  # nothing was done with these settings, so they bind nobody
         assert path.exists()
     assert not path.exists()
-    path.write_text('{"format": "imp-eval-journal", "version": 1, "settings": {"seed": 7}}\n')
+    path.write_text('{"format": "imp-eval-journal", "version": 2, "settings": {"seed": 7}}\n')
     with Journal(path, {"seed": 0}) as journal:
         with pytest.raises(InputError, match="another evaluation is writing"):
             Journal(path, {"seed": 0})

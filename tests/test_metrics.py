@@ -62,6 +62,17 @@ def test_bootstrap_interval_holds_the_value_and_narrows_with_more_pairs():
     assert many == bootstrap_interval(errors, [5, 20], seed=1) != bootstrap_interval(errors, [5, 20], seed=2)
 
 
+def test_bootstrap_interval_of_runs_over_the_same_pairs():
+    """They say no more about other pairs than one of them, but for what differs between them."""
+    errors = np.random.default_rng(0).exponential(8, 60)
+    once, twice = (bootstrap_interval(some, [5, 20], seed=1) for some in (errors, np.stack([errors, errors])))
+    np.testing.assert_allclose(once, twice)
+    other = bootstrap_interval(np.stack([errors, errors + 1]), [5, 20], seed=1)
+    worse = bootstrap_interval(errors + 1, [5, 20], seed=1)
+    for a, b, c in zip(once, other, worse):
+        assert c[0] < b[0] < a[0] and c[1] < b[1] < a[1]
+
+
 def test_epipolar_error_is_a_distance_in_both_views():
     # a camera that moves along x: epipolar lines are the rows of both images
     E = essential_matrix(make_pose(np.eye(3), [1, 0, 0]))

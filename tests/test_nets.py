@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 from golden.fill import fill_, matching_mask, two_views
-from oracle import Oracle, assignment_of_scores
-from oracle import sinkhorn as unrolled_sinkhorn
+from oracle import Oracle
 
+from eval.straightforward import Straightforward, assignment_of_scores
+from eval.straightforward import sinkhorn as unrolled_sinkhorn
 from nets import EIMP, GM, IMP, build_matcher
 from nets.assignment import assign, mutual_matches, sinkhorn
 from nets.layers import AttentionMatrix, normalize_keypoints
@@ -115,6 +116,23 @@ def test_losses_gradients_and_running_statistics_as_the_oracle(case):
     for name, value in matcher.state_dict().items():
         if "running" in name:
             close(value, oracle.state[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_what_is_timed_does_the_same(case):
+    """The pooling and the loss of eval.straightforward that tests/oracle.py replaces, and its short cut."""
+    matcher, oracle, data = build_case(case, training=True)
+    kind, norm_fn, ac_fn = case[:3]
+    timed = Straightforward(kind, matcher.state_dict(), norm_fn, ac_fn, matcher.with_sinkhorn, matcher.n_min_tokens,
+                            training=True)
+    close(timed.loss(data), oracle.train(data, data["gt0"])["loss"])
+    assert timed.n_dropped == oracle.n_dropped
+    timed.training = False
+    last, *others = timed.run(data, last_only=True)[::-1]
+    for (p, keep0, keep1), (p_all, keep0_all, keep1_all) in zip(last, timed.run(data)[-1]):
+        close(p, p_all)
+        assert keep0 is keep0_all is None or (torch.equal(keep0, keep0_all) and torch.equal(keep1, keep1_all))
+    assert not others
 
 
 @pytest.mark.parametrize("with_sinkhorn", [True, False])

@@ -177,22 +177,18 @@ def test_true_matches_of_a_scene_look_alike(scenes):
 def test_another_photograph_is_behind_each_view(photos, monkeypatch):
     for name in ("3.JPEG", "4.JPEG", "below/5.png"):
         (photos / name).unlink()
-    (source,) = samples_of(photos).sources
+    (source,) = samples_of(photos, online_views=2).sources
     seen, warp_as_it_is = [], online.warp
 
     def watch(image, H, view_size, background):
-        seen.append((image.tobytes(), cv2.resize(image, view_size, interpolation=cv2.INTER_AREA), background))
+        seen.append((cv2.resize(image, view_size, interpolation=cv2.INTER_AREA), background))
         return warp_as_it_is(image, H, view_size, background)
 
     monkeypatch.setattr(online, "warp", watch)
-    for k in range(0, 12, 4):
-        seen.clear()
-        for member in range(4):
-            source.pair(k + member, 0)
-        assert len(seen) == 4 and len({image for image, _, _ in seen}) == 1
-        for i, (_, itself, behind) in enumerate(seen):
-            assert not np.array_equal(itself, behind)
-            assert not np.array_equal(behind, seen[i - 1][2])
+    for k in range(6):
+        source.pair(k, 0)
+        (itself, behind0), (_, behind1) = seen[-2:]
+        assert not any(np.array_equal(*two) for two in ((itself, behind0), (itself, behind1), (behind0, behind1)))
 
 
 def test_keypoints_in_the_mirror_image_around_a_scene_are_dropped(scenes):
@@ -217,16 +213,19 @@ def test_another_seed_makes_other_views_of_the_same_photograph(photos):
     assert not np.array_equal(one.views[0]["K"], other.views[0]["K"])
 
 
-def test_views_are_shared_in_a_ring(photos):
-    (source,) = samples_of(photos).sources
-    pairs = [source.pair(k, 0) for k in range(8)]
-    for first in (0, 4):
-        for k in range(4):
-            after = pairs[first + (k + 1) % 4]
-            assert pairs[first + k].views[1] is after.views[0]
-    assert pairs[3].image_paths != pairs[4].image_paths
-    (source,) = samples_of(photos, online_views=2).sources
-    assert source.pair(0, 0).image_paths != source.pair(1, 0).image_paths
+@pytest.mark.parametrize("views", [2, 4, 6])
+def test_views_are_shared_among_pairs(photos, views):
+    samples = samples_of(photos, online_views=views)
+    (source,) = samples.sources
+    n = (views // 2) ** 2
+    assert samples.draw_size == 6 * n
+    pairs = [source.pair(k, 0) for k in range(2 * n)]
+    for group in (pairs[:n], pairs[n:]):
+        assert len({pair.image_paths for pair in group}) == 1
+        assert len({id(view) for pair in group for view in pair.views}) == views
+        assert len({tuple(id(view) for view in pair.views) for pair in group}) == n
+        assert not {id(pair.views[0]) for pair in group} & {id(pair.views[1]) for pair in group}
+    assert pairs[0].image_paths != pairs[n].image_paths
 
 
 def test_same_samples_for_any_number_of_workers_and_after_a_stop(photos, scenes, tmp_path):

@@ -61,6 +61,23 @@ def test_learning_rate_schedule():
     assert learning_rate(config, 10 ** 6) == 1e-6
 
 
+def test_last_layers_of_branches_learn_at_their_share(setup):
+    """Adam's first step has the size of the learning rate, whatever the gradient is."""
+    train_with(setup, "--its_per_epoch", 1, "--lr", 1e-3, "--branch_lr", 0.25)
+    before = build(load_train_config(setup, [])).state_dict()
+    after = parameters(setup.parent / "run" / "latest.pth")
+    sizes = {name: (after[name] - before[name]).abs().max().item() for name in after}
+    of_last = [name for name in sizes if name.startswith("kenc.encoder.12.") or ".mlp.3." in name]
+    assert len(of_last) == 2 + 2 * 8
+    assert max(sizes[name] for name in of_last) == pytest.approx(0.25e-3, rel=1e-3)
+    assert max(size for name, size in sizes.items() if name not in of_last) == pytest.approx(1e-3, rel=1e-3)
+    # and when gone on with
+    train_with(setup, "--its_per_epoch", 1, "--lr", 1e-3, "--branch_lr", 0.25, "--epochs", 2,
+               "--resume_path", setup.parent / "run")
+    assert run(train.main, ["--config", str(setup), "--its_per_epoch", "1", "--lr", "1e-3", "--epochs", "3",
+                            "--resume_path", str(setup.parent / "run")]) == 2
+
+
 @pytest.mark.parametrize("network", ["imp", "eimp"])
 def test_loss_falls_and_a_run_leaves_what_it_should(setup, tmp_path, network):
     (tmp_path / "train.txt").write_text("0000\n0001\n")

@@ -22,7 +22,7 @@ DEFAULTS = {
     "online": False,
     # what to mix, instead of base_path and scene_list_fn: a list of {"path", "weight" (1), "scene_list_fn" (all)}
     "online_sources": [],
-    "online_views": 4,  # of an image or a pair of images, each of which makes a sample with the next; 2: one sample
+    "online_views": 4,  # of a photograph or a pair of images; half of them make samples with each of the other half
     "view_size": 640,  # longer side of a view, pixels
     "extract_keypoints": 2048,  # strongest of a view, of which a sample takes max_keypoints
     "min_keypoints": 256,  # a view with fewer is made again
@@ -44,6 +44,9 @@ DEFAULTS = {
     "optim": "adam",  # adam, adamw
     "lr": 1e-4,
     "min_lr": 1e-6,
+    # Share of lr for the last layer of each residual branch and of the keypoint encoder. A warm start makes these
+    # small; with all of lr, above 1e-4, Adam's steps are as large as a descriptor and undo it.
+    "branch_lr": 1.0,
     "warmup_its": 0,  # steps over which lr rises from 0: Adam's first steps are all of full size, and undo a warm init
     "decay_rate": 0.999992,
     "decay_iter": 200000,
@@ -82,7 +85,7 @@ CHOICES = {
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
          "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
          "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
-         "inlier_th": 0, "eval_epochs": 1}
+         "inlier_th": 0, "eval_epochs": 1, "branch_lr": 0}
 
 
 def _check_source(entry) -> None:

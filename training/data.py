@@ -178,6 +178,8 @@ class Draws:
 class DumpSource:
     """Pairs of a dump's records."""
 
+    pairs_per_item = 1  # of what is drawn
+
     def __init__(self, dump_path, scenes=None, pairs_per_scene: int = 80, seed: int = 0):
         """scenes: ids; None: all. Raises InputError if the dump has no pairs."""
         dump = load_dump(dump_path, scenes)
@@ -230,7 +232,7 @@ class Samples(Dataset):
     @property
     def draw_size(self) -> int:
         """Pairs in one draw of every source."""
-        return sum(source.draws.size for source in self.sources)
+        return sum(source.draws.size * source.pairs_per_item for source in self.sources)
 
     def __getitem__(self, k: int) -> dict:
         skipped = []

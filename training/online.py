@@ -1,8 +1,8 @@
 """Pairs made on the fly from images (SPEC 6, online mode): of photographs, and of scenes in MegaDepth's layout.
 
-A source makes `views` views of one photograph, or in turns of the two images of a pair, and pairs each with the next,
-the last with the first: as many pairs as views, which halves the work for a sample. Two views make one pair. A view is
-a function of the seed and its number, so that it does not matter who makes it.
+A source makes `views` views of one photograph, or by turns of the two images of a pair, and pairs each even one with
+each odd one: 2 views make 1 pair, 4 make 4, 6 make 9. A view is a function of the seed and its number, so that it does
+not matter who makes it.
 """
 import functools
 from collections import OrderedDict
@@ -48,7 +48,7 @@ class ViewSettings:
     @property
     def pairs(self) -> int:
         """How many pairs the views make."""
-        return 1 if self.views == 2 else self.views
+        return (self.views // 2) ** 2
 
 
 class _ImageCache:
@@ -100,7 +100,8 @@ def _make_pair(source, k: int, attempt: int) -> Pair:
     """The pair of sample k of the run; InputError if an image or a depth map cannot be read."""
     settings = source.settings
     group, member = divmod(k, settings.pairs)
-    views = [_view(source, group, attempt, index % settings.views) for index in (member, member + 1)]
+    even, odd = divmod(member, settings.views // 2)
+    views = [_view(source, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
     # true matches by projection, from keypoints, depth, K and pose (SPEC 4)
     cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
     matches = match_by_projection(*cameras[0], *cameras[1], settings.inlier_th)
@@ -117,6 +118,7 @@ class PhotoSource:
     def __init__(self, folder, settings: ViewSettings, seed: int):
         """Raises InputError if there are fewer than three images under `folder`."""
         self.name, self.scenes, self.settings, self.seed = str(folder), [], settings, seed
+        self.pairs_per_item = settings.pairs
         self.folder = Path(folder)
         self.paths = sorted(str(path.relative_to(folder)) for path in self.folder.rglob("*")
                             if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
@@ -158,6 +160,7 @@ class SceneSource:
         """scene_list: ids; None: all. Raises InputError for scenes that are not there or cannot be read, and if no two
         images overlap."""
         self.name, self.settings, self.seed = str(base_path), settings, seed
+        self.pairs_per_item = settings.pairs
         self.base_path = Path(base_path)
         self.infos = {}
         for scene, path in tqdm(list_scenes(base_path, scene_list).items(), "scenes", leave=False, disable=None):

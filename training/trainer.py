@@ -48,6 +48,15 @@ def warm_start(matcher) -> None:
     matcher.bin_score.fill_(WARM_BIN_SCORE)
 
 
+def parameter_groups(matcher, branch_lr: float) -> list[dict]:
+    """What an optimiser takes: the last layers of residual branches and of the encoder learn at branch_lr times lr."""
+    branches = [layer.mlp for layer in matcher.gnn.layers] + [matcher.kenc.encoder]
+    last = [parameter for branch in branches for parameter in branch[-1].parameters()]
+    of_last = set(map(id, last))
+    return [{"params": [parameter for parameter in matcher.parameters() if id(parameter) not in of_last], "share": 1.0},
+            {"params": last, "share": branch_lr}]
+
+
 def learning_rate(config: dict, step: int) -> float:
     """Rising over warmup_its steps, constant to decay_iter, then multiplied by decay_rate each step, to min_lr."""
     if step < config["warmup_its"]:
@@ -103,7 +112,10 @@ class Trainer:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optim"]]
-        self.optimizer = kind(self.model.parameters(), lr=config["lr"], fused=job.device.type == "cuda")
+        parameters = self.model.parameters()
+        if config["branch_lr"] != 1:
+            parameters = parameter_groups(self.model, config["branch_lr"])
+        self.optimizer = kind(parameters, lr=config["lr"], fused=job.device.type == "cuda")
         self.step, self.best = 0, None
         self.bad = []  # of this epoch: steps whose loss was not finite, and their pairs
         self.skipped = Counter()  # (source, reason) of pairs that could not be read
@@ -224,7 +236,7 @@ class Trainer:
         config, waited = self.config, self.waited
         lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         pose_weight = config["pose_weight"] if config["with_pose"] and self.step >= config["pose_start"] else 0.0
         names = batch.pop("names")
         self.parallel.train()

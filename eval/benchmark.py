@@ -1,0 +1,427 @@
+"""How fast this machine matches, trains, dumps and evaluates, beside the straightforward way in the same run.
+
+    python3 -m eval.benchmark match     # one pair, one-shot: IMP, EIMP, eval.straightforward, and what operations allow
+    python3 -m eval.benchmark train     # a training step, Sinkhorn's share of it, the assembly of a sample
+    python3 -m eval.benchmark dump      # images and pairs per second, size, memory of dump.dump_megadepth
+    python3 -m eval.benchmark eval      # pairs per second with poses estimated in turn, and beside the network
+
+Times are medians of rounds in which everything takes its turn, so that what else the machine does hits all alike:
+compare within a run.
+"""
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dump import dump, make_scenes
+from dump.dump_megadepth import Recipe, dump_megadepth, recipe_of, report_of
+from dump.report import peak_memory_mb
+from eval.matchers import Network
+from eval.methods import Method
+from eval.pair_sets import Hdf5PairSet
+from eval.run import PoseSetting, evaluate
+from eval.straightforward import Straightforward
+from nets import SuperPoint, build_matcher
+from nets.assignment import assign
+from nets.matchers import POOL_THRESHOLD
+from tools.checkpoint import load_matcher, save_checkpoint
+from tools.cli import InputError, run
+from tools.distributed import choose_device
+from tools.files import write_json
+from tools.manifest import claim, keypoint_path, match_path, scene_path
+from tools.records import write_record
+from training.data import Choice, DumpSource, Samples, matching_mask
+from training.trainer import warm_start
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRODUCT_SIZE = 4096
+
+
+def median_seconds(functions: dict, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median time of each function {name: f()} over rounds in which all take their turn, after one to warm up."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(of_function[1:])) for name, of_function in times.items()}
+
+
+def operations(n: int, dim: int, n_layers: int) -> float:
+    """Multiplications and additions of IMP in one shot for a pair of n keypoints a view, as SPEC 7 writes it.
+
+    A shared attention matrix counts once. The encoder, norms, softmax and Sinkhorn are left out: they are few.
+    """
+    shared = sum(t >= 3 and t % 2 == 1 for t in range(n_layers))
+    linear, product = 2 * dim * dim * 2 * n, 2 * n * n * dim * 2  # of both views: D x D layer; Q K^T or A V
+    own, share = 10 * linear + 2 * product, 8 * linear + product
+    return 2 * ((n_layers - shared) * own + shared * share) + linear + product / 2
+
+
+def two_views(n: int, dim: int, batch: int, device, seed: int = 0) -> dict:
+    """Random keypoints, the second view being the first in another order, with noise; and matching_mask."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n)
+    descriptors = rng.normal(size=(n, dim))
+    data = {}
+    for v, rows in (("0", np.arange(n)), ("1", order)):
+        noisy = descriptors[rows] + 0.3 * rng.normal(size=(n, dim))
+        data[f"descriptors{v}"] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+        data[f"norm_keypoints{v}"] = rng.uniform(-0.7, 0.7, (n, 2))
+        data[f"scores{v}"] = rng.uniform(0, 1, n)
+    target = np.argsort(order)
+    target[: n // 2] = -1  # half of the keypoints match
+    data["matching_mask"] = matching_mask(target, n, n)
+    return {key: torch.from_numpy(np.stack([value] * batch)).to(device, torch.float32) for key, value in data.items()}
+
+
+def matchers(dim: int, n_layers: int, device) -> dict:
+    """Untrained IMP and EIMP of the same weights."""
+    torch.manual_seed(0)
+    imp = build_matcher("imp", descriptor_dim=dim, n_layers=n_layers).to(device)
+    eimp = build_matcher("eimp", descriptor_dim=dim, n_layers=n_layers).to(device)
+    eimp.load_state_dict(imp.state_dict())
+    return {"imp": imp, "eimp": eimp}
+
+
+def _call(function, arguments: tuple, pipe) -> None:
+    pipe.send(function(*arguments))
+
+
+def _in_new_process(function, *arguments):
+    """function(*arguments) in a process of its own, whose peak of memory is then its own too."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(function, arguments, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise InputError(f"the process that ran {function.__name__} ended without a result") from None
+    finally:
+        process.join()
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows {column: number, text or None} as a table whose columns are those of the first."""
+    def text(value):
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    table = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+# match
+
+def match_half_kept(eimp, data: dict) -> tuple:
+    """EIMP's iterations with what pooling needs at t = 3, where half of the keypoints are removed."""
+    for state in eimp.iterate(data):
+        if state.iteration == 3:
+            state.attention_masses()
+            half = [torch.arange(x.shape[1] // 2, device=x.device) for x in (state.x0, state.x1)]
+            _ = state.assignment
+            state.select(*half)
+    return state.matches(0.2)
+
+
+def _peak_of_match(n: int, dim: int, n_layers: int) -> float:
+    imp = matchers(dim, n_layers, "cpu")["imp"].eval()
+    with torch.inference_mode():
+        for size in (n // 16, n):  # what the libraries take for themselves is there after the first
+            data = two_views(size, dim, 1, "cpu")
+            data.pop("matching_mask")
+            before = peak_memory_mb(0)
+            imp(data)
+    return peak_memory_mb(0) - before
+
+
+def peak_match_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float:
+    """Most memory that one-shot IMP of a pair took beyond its weights and input."""
+    if device.type == "cuda":
+        imp, data = matchers(dim, n_layers, device)["imp"].eval(), two_views(n, dim, 1, device)
+        data.pop("matching_mask")
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.inference_mode():
+            imp(data)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return _in_new_process(_peak_of_match, n, dim, n_layers)
+
+
+def _compiled(matcher, device: torch.device):
+    """The matcher compiled for fixed sizes, with CUDA graphs on a GPU."""
+    return torch.compile(matcher, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def benchmark_match(args, device: torch.device) -> dict:
+    nets = matchers(args.dim, args.layers, device)
+    plain = {kind: Straightforward(kind, net.state_dict()) for kind, net in nets.items()}
+    n_fewer = max(1, round(0.6 * args.layers))
+    product = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
+    for net in nets.values():
+        net.eval()
+    compiled = _compiled(nets["imp"], device) if args.compile else None
+    against, variants = [], []
+    for n in args.keypoints:
+        data = two_views(n, args.dim, 1, device)
+        data.pop("matching_mask")
+        functions = {
+            "product": partial(torch.matmul, product, product),
+            "imp": partial(nets["imp"], data),
+            "fewer": partial(nets["imp"], data, n_layers=n_fewer),
+            "plain imp": partial(plain["imp"].run, data, last_only=True),
+            "eimp": partial(nets["eimp"], data),
+            "plain eimp": partial(plain["eimp"].run, data, POOL_THRESHOLD, last_only=True),
+            "half": partial(match_half_kept, nets["eimp"], data),
+        }
+        with torch.inference_mode():
+            s = median_seconds(functions, args.rounds, device)
+        rate = 2 * PRODUCT_SIZE ** 3 / s["product"]
+        bound = operations(n, args.dim, args.layers) / rate
+        against.append({
+            "keypoints": n, "product GFLOP/s": rate / 1e9, "bound s": bound, "IMP s": s["imp"],
+            "IMP/bound": s["imp"] / bound, "straightforward IMP s": s["plain imp"], "x": s["plain imp"] / s["imp"],
+            "EIMP s": s["eimp"], "straightforward EIMP s": s["plain eimp"], "x ": s["plain eimp"] / s["eimp"],
+            f"IMP {n_fewer}/{args.layers}": s["fewer"] / s["imp"], "EIMP half kept/IMP": s["half"] / s["imp"],
+            "extra MB": peak_match_megabytes(n, args.dim, args.layers, device)})
+        for precision in args.precision:
+            for batch in args.batch:
+                many = {key: value.expand(batch, *value.shape[1:]).contiguous() for key, value in data.items()}
+                functions = {name: partial(net, many) for name, net in (("IMP", nets["imp"]), ("EIMP", nets["eimp"]),
+                                                                        ("IMP compiled", compiled)) if net is not None}
+                cast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+                with torch.inference_mode(), cast:
+                    seconds = median_seconds(functions, args.rounds, device)
+                variants.append({"keypoints": n, "precision": precision, "batch": batch,
+                                 **{f"{name} pairs/s": batch / value for name, value in seconds.items()}})
+    print(f"one pair, D {args.dim}, {args.layers} iterations, one-shot; bound: operations with shared attention kept, "
+          f"at the rate of a {PRODUCT_SIZE}^3 product")
+    print_table(against)
+    print("\npairs per second")
+    print_table(variants)
+    return {"pair": against, "rates": variants}
+
+
+# train
+
+def _training_step(net, data: dict, optimizer, precision: str, device: torch.device) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+        loss = net(data)["loss"]
+    loss.backward()
+    optimizer.step()
+
+
+def _straightforward_step(plain: Straightforward, data: dict, optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    plain.loss(data).backward()
+    optimizer.step()
+
+
+def _assignments_step(data: dict, n_layers: int) -> None:
+    x0, x1 = (data[f"descriptors{v}"].clone().requires_grad_() for v in "01")
+    bin_score = torch.tensor(1.0, device=x0.device)
+    sum(assign(x0, x1, bin_score, True, 20).sum() for _ in range(n_layers)).backward()
+
+
+def sample_milliseconds(rounds: int, n: int = 4096, chosen: int = 1024) -> float:
+    """Time to make a sample of `chosen` keypoints from records of n, read from a dump in the system's cache."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        claim(folder, {"format": "imp-dump", "version": 1, "feature_type": "sift", "settings": {"min_keypoints": 1024}})
+        for i in range(2):
+            path = keypoint_path(folder, "0", f"{i}.jpg", "sift")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(path, {"keypoints": rng.uniform(0, 1600, (n, 2)).astype(np.float32),
+                                "scores": rng.uniform(0, 1, n).astype(np.float32),
+                                "descriptors": rng.normal(size=(n, 128)).astype(np.float16),
+                                "image_size": np.array([1600, 1200]),
+                                "intrinsics": np.array([[1e3, 0, 800], [0, 1e3, 600], [0, 0, 1]])})
+        path = match_path(folder, "0", 0)
+        path.parent.mkdir(parents=True)
+        pose = np.eye(4)
+        pose[0, 3] = 1
+        write_record(path, {"image_path0": "0.jpg", "image_path1": "1.jpg", "pose0": np.eye(4), "pose1": pose,
+                            "matches": np.stack([rng.permutation(n)[:n // 2] for _ in range(2)], axis=1)})
+        scene_path(folder, "0").parent.mkdir()
+        write_json(scene_path(folder, "0"), {"pairs": 1, "images": 2})
+        samples = Samples([DumpSource(folder)], Choice(chosen))
+        return 1e3 * median_seconds({"sample": lambda: samples[0]}, 10 * rounds, torch.device("cpu"))["sample"]
+
+
+def benchmark_train(args, device: torch.device) -> dict:
+    rows = []
+    for n in args.keypoints:
+        data = two_views(n, args.dim, args.batch[0], device)
+        functions = {"assignments": partial(_assignments_step, data, args.layers)}
+        for kind, net in matchers(args.dim, args.layers, device).items():
+            if args.compile:
+                for layer in net.gnn.layers:
+                    layer.compile()
+            optimizer = torch.optim.Adam(net.parameters(), fused=device.type == "cuda")
+            for precision in args.precision:
+                functions[kind, precision] = partial(_training_step, net.train(), data, optimizer, precision, device)
+            plain = Straightforward(kind, net.state_dict(), training=True)
+            functions[kind, "straightforward"] = partial(_straightforward_step, plain, data,
+                                                         torch.optim.Adam(plain.parameters.values()))
+        s = median_seconds(functions, args.rounds, device)
+        for kind in ("imp", "eimp"):
+            for precision in args.precision:
+                step, plain = s[kind, precision], s[kind, "straightforward"]
+                rows.append({"network": kind, "keypoints": n, "precision": precision, "step s": step,
+                             "samples/s": args.batch[0] / step, "straightforward s": plain, "x": plain / step,
+                             "assignments' share": s["assignments"] / step})
+    milliseconds = sample_milliseconds(args.rounds)
+    print(f"a step: batch {args.batch[0]}, D {args.dim}, {args.layers} iterations; assignments: scores, Sinkhorn and "
+          "the backward of both; straightforward: float32")
+    print_table(rows)
+    print(f"\na sample of 1024 keypoints from records of 4096: {milliseconds:.2f} ms on one core")
+    return {"step": rows, "sample_ms": milliseconds}
+
+
+# dump, eval
+
+def _quietly(main, arguments: list) -> None:
+    """Run a command of ours without its own words on standard output; what it cannot do ends this one too."""
+    with open(os.devnull, "w") as nothing:
+        screen, sys.stdout = sys.stdout, nothing
+        try:
+            main([str(argument) for argument in arguments])
+        finally:
+            sys.stdout = screen
+
+
+def _dump(base_path, save_path, recipe: Recipe, workers: int) -> dict:
+    start = time.perf_counter()
+    summary = dump_megadepth(base_path, save_path, recipe, workers=workers)
+    return report_of(summary, time.perf_counter() - start, workers)
+
+
+def benchmark_dump(args, device: torch.device) -> dict:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        base_path = args.base_path
+        if base_path is None:
+            _quietly(make_scenes.main, ["--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
+                                        "--size", *args.size, "--layouts", "megadepth"])
+            base_path = folder / "megadepth"
+        torch.manual_seed(0)
+        save_checkpoint(folder / "superpoint.pth", {"model": SuperPoint().state_dict()})  # rates need no trained ones
+        for feature, options in (("sift", {"contrast_threshold": 1e-5}), ("spp", {})):
+            recipe = recipe_of(feature, 64, device=str(device), **options)
+            if feature == "spp":
+                recipe = replace(recipe, extractor={**recipe.extractor, "weights": str(folder / "superpoint.pth")})
+            report = _in_new_process(_dump, base_path, folder / feature, recipe, args.workers)
+            rows.append({"features": feature, **{name: report[name] for name in (
+                "images", "images_per_second", "pairs", "pairs_per_second", "megabytes_per_image", "peak_memory_mb")}})
+    print(f"dump.dump_megadepth, {args.workers} workers, up to 4096 keypoints an image; SuperPoint with random weights")
+    print_table(rows)
+    return {"dump": rows}
+
+
+def _evaluated_matcher(weights):
+    if weights:
+        return load_matcher(weights, "imp", 128)
+    matcher = build_matcher("imp", descriptor_dim=128, n_layers=9)
+    warm_start(matcher)
+    return matcher.eval()
+
+
+def benchmark_eval(args, device: torch.device) -> dict:
+    """A whole evaluation in one shot and in turns, for several numbers of processes that estimate poses."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        _quietly(make_scenes.main, ["--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
+                                    "--pairs", 8, "--layouts", "scannet"])
+        raw = folder / "scannet"
+        (folder / "dump.yaml").write_text(
+            f"dataset: scannet\nfeature_type: sift\nraw_data_dir: {raw}\noutput: {folder / 'sift.hdf5'}\n"
+            f"pair_list: {raw / 'pairs.txt'}\nextractor: {{max_keypoints: {args.keypoints[0]}, "
+            "contrast_threshold: 1.0e-5}\n")
+        _quietly(dump.main, ["--config", folder / "dump.yaml"])
+        pair_set = Hdf5PairSet(folder / "sift.hdf5", raw)
+        torch.manual_seed(0)
+        matcher = Network(_evaluated_matcher(args.weights).to(device), 0.2)
+        for name, method in (("one-shot", Method(matcher)), ("in turns", Method(matcher, iterative=True))):
+            for workers in sorted({0, args.workers}):
+                start = time.perf_counter()
+                results, _ = evaluate(pair_set, {name: method}, [PoseSetting(args.estimator, 3.0)], device=device,
+                                      workers=workers)
+                wall = (time.perf_counter() - start) / len(pair_set)
+                (of_method,) = results.values()
+                seconds = {stage: float(np.mean([result.seconds[stage] for result in of_method[name]]))
+                           for stage in ("matching", "pose")}
+                rows.append({"IMP": name, "pose processes": workers, "pairs": len(pair_set), "wall ms": 1e3 * wall,
+                             "matching ms": 1e3 * seconds["matching"], "pose ms": 1e3 * seconds["pose"],
+                             "pairs/s": 1 / wall})
+    print(f"evaluation, {args.keypoints[0]} keypoints, {args.estimator}; ms per pair; "
+          f"{'weights ' + args.weights if args.weights else 'untrained, as a nearest-neighbour matcher'}")
+    print_table(rows)
+    return {"eval": rows}
+
+
+BENCHMARKS = {"match": benchmark_match, "train": benchmark_train, "dump": benchmark_dump, "eval": benchmark_eval}
+KEYPOINTS = {"match": [512, 1024, 2048], "train": [512], "dump": [], "eval": [2000]}
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in BENCHMARKS:
+        command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+        command.add_argument("--json", metavar="FILE", help="also write the numbers there")
+        if name != "dump":
+            command.add_argument("--keypoints", type=int, nargs="+", default=KEYPOINTS[name], help="of a view")
+        if name in ("match", "train"):
+            command.add_argument("--rounds", type=int, default=5)
+            command.add_argument("--dim", type=int, default=256, help="of descriptors")
+            command.add_argument("--layers", type=int, default=15, help="iterations of the networks")
+            command.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
+            command.add_argument("--batch", type=int, nargs="+", default=[1] if name == "match" else [2])
+            command.add_argument("--compile", action="store_true", help="torch.compile; on a GPU match takes graphs")
+        else:
+            command.add_argument("--scenes", type=int, default=4, help="procedural ones to work on")
+            command.add_argument("--workers", type=int, default=1 if name == "eval" else 2, help="processes")
+        if name == "dump":
+            command.add_argument("--size", type=int, nargs=2, default=(1600, 1200), metavar=("W", "H"))
+            command.add_argument("--base_path", help="scenes in MegaDepth's layout, instead of procedural ones")
+        if name == "eval":
+            command.add_argument("--weights", help="of an IMP for sift")
+            command.add_argument("--estimator", default="magsac")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    device = choose_device(args.device)
+    if args.what == "train" and len(args.batch) > 1:
+        raise InputError("--batch: train takes one number")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {where}")
+    numbers = BENCHMARKS[args.what](args, device)
+    if args.json:
+        write_json(args.json, {"torch": torch.__version__, "machine": where, **numbers})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

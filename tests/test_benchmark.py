@@ -1,0 +1,76 @@
+"""That eval.benchmark measures what it says; how long things take is not tested."""
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval import benchmark
+from eval.straightforward import Straightforward
+from tools.cli import run
+from tools.files import read_json
+
+
+@pytest.mark.parametrize("n, dim, n_layers", [(512, 64, 15), (128, 32, 4), (256, 64, 9)])
+def test_operations_are_those_of_the_straightforward_network(n, dim, n_layers):
+    net = benchmark.matchers(dim, n_layers, "cpu")["imp"]
+    data = benchmark.two_views(n, dim, 1, "cpu")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Straightforward("imp", net.state_dict(), with_sinkhorn=False).run(data, last_only=True)
+    encoder = 2 * 2 * n * sum(a * b for a, b in zip((3, 32, 64, 128, 256), (32, 64, 128, 256, dim)))
+    assert counter.get_total_flops() - encoder == pytest.approx(benchmark.operations(n, dim, n_layers), rel=1e-6)
+
+
+def test_what_the_second_view_is_asked_to_match():
+    data = benchmark.two_views(64, 32, 2, "cpu")
+    mask, similarity = data["matching_mask"][0, :-1, :-1] > 0, data["descriptors0"][0] @ data["descriptors1"][0].T
+    assert mask.sum() == 32
+    assert torch.equal(similarity.argmax(dim=1)[mask.any(dim=1)], mask.float().argmax(dim=1)[mask.any(dim=1)])
+
+
+def test_half_of_the_keypoints_are_kept():
+    net = benchmark.matchers(32, 6, "cpu")["eimp"].eval()
+    data = benchmark.two_views(64, 32, 1, "cpu")
+    with torch.inference_mode():
+        matches0 = benchmark.match_half_kept(net, data)[0]
+    assert matches0.shape == (1, 64) and (matches0[0, 32:] == -1).all()
+
+
+def test_median_is_of_rounds_in_turn():
+    order = []
+    seconds = benchmark.median_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2,
+                                       torch.device("cpu"))
+    assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}
+
+
+TINY = {
+    "match": ["--keypoints", "32", "48", "--dim", "32", "--layers", "5", "--rounds", "1", "--batch", "1", "2",
+              "--precision", "float32", "bfloat16"],
+    "train": ["--keypoints", "32", "--dim", "32", "--layers", "5", "--rounds", "1", "--precision", "float32",
+              "bfloat16"],
+    "dump": ["--scenes", "1", "--size", "320", "240", "--workers", "1"],
+    "eval": ["--scenes", "1", "--keypoints", "256", "--estimator", "poselib"],
+}
+
+
+@pytest.mark.parametrize("what", list(TINY))
+def test_command_prints_its_table(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PRODUCT_SIZE", 64)
+    assert run(benchmark.main, [what, "--device", "cpu", "--json", str(tmp_path / "numbers.json"), *TINY[what]]) == 0
+    numbers = read_json(tmp_path / "numbers.json")
+    printed = capsys.readouterr().out
+    rows = {"match": ("rates", 8), "train": ("step", 4), "dump": ("dump", 2), "eval": ("eval", 4)}
+    name, count = rows[what]
+    assert len(numbers[name]) == count
+    for row in numbers[name]:
+        for column, value in row.items():
+            assert column.strip() in printed
+            assert isinstance(value, str) or value > 0 or (column == "pose processes" and value == 0), row
+    if what == "dump":
+        assert [row["features"] for row in numbers["dump"]] == ["sift", "spp"]
+    assert json.dumps(numbers["torch"]).strip('"') in printed
+
+
+def test_training_takes_one_batch_size(capsys):
+    assert run(benchmark.main, ["train", "--batch", "1", "2"]) == 2
+    assert "--batch" in capsys.readouterr().err
