@@ -2,6 +2,7 @@
 import os
 import resource
 import sys
+from pathlib import Path
 
 from tools.cli import InputError
 from tools.files import write_json
@@ -12,14 +13,23 @@ def why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def _peak_of_this_process() -> float:
+    """Bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        # what getrusage gives counts the process that started this one, up to then
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory_mb(workers: int) -> float:
     """Most memory that this process held so far, plus `workers` times that of the largest process it started.
 
     Of the latter, those that have ended count.
     """
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + workers * child) * unit / 1e6
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (_peak_of_this_process() + workers * child) / 1e6
 
 
 def print_rates(report: dict) -> None:

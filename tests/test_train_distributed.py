@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
+from tools.distributed import launch
 from tools.records import read_record, write_record
 from training.config import DEFAULTS
 from training.trainer import build
@@ -23,6 +24,16 @@ REPOSITORY = Path(__file__).parent.parent
 SMALL = {"layers": 4, "max_keypoints": 48, "min_inliers": 16, "max_inliers": 24, "batch_size": 4, "epochs": 1,
          "its_per_epoch": 4, "workers": 0, "gpu": [-1], "n_min_tokens": 16}
 TWO = ("--gpu", "-1", "-1")
+
+
+def count_threads(job):
+    return torch.get_num_threads()
+
+
+def test_processes_on_the_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert launch(count_threads, [-1, -1]) == 2
+    assert launch(count_threads, [-1] * 5) == 1
 
 
 @pytest.fixture

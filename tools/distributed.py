@@ -110,6 +110,8 @@ def _join(worker, rank: int, world_size: int, device: torch.device, arguments):
 
 
 def _spawned(rank: int, worker, devices, arguments, results):
+    if devices[rank].type == "cpu":  # else each would take all cores, and wait for the others
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
     try:
         result = _join(worker, rank, len(devices), devices[rank], arguments)
     except InputError as error:
