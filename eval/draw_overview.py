@@ -1,6 +1,6 @@
 r"""Draw how a pair is matched, for the top of the README: overview.png and iterations.gif.
 
-    python3 -m eval.draw_overview --weights runs/demo/imp/latest.pth
+    python3 -m eval.draw_overview
 
 The pair is one of those that `make demo` evaluates on; alone, their images are made by
 
