@@ -13,6 +13,9 @@ def why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
+
+
 def _peak_of_this_process() -> float:
     """Bytes."""
     try:
@@ -20,7 +23,7 @@ def _peak_of_this_process() -> float:
         # what getrusage gives counts the process that started this one, up to then
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):  # no Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 def peak_memory_mb(workers: int) -> float:
@@ -28,7 +31,7 @@ def peak_memory_mb(workers: int) -> float:
 
     Of the latter, those that have ended count.
     """
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT
     return (_peak_of_this_process() + workers * child) / 1e6
 
 

@@ -27,6 +27,7 @@ from dump.report import peak_memory_mb
 from eval.matchers import Network
 from eval.methods import Method
 from eval.pair_sets import Hdf5PairSet
+from eval.report import align
 from eval.run import PoseSetting, evaluate
 from eval.straightforward import Straightforward
 from nets import SuperPoint, build_matcher
@@ -69,9 +70,9 @@ def operations(n: int, dim: int, n_layers: int) -> float:
     return 2 * ((n_layers - shared) * own + shared * share) + linear + product / 2
 
 
-def two_views(n: int, dim: int, batch: int, device, seed: int = 0) -> dict:
-    """Random keypoints, the second view being the first in another order, with noise; and matching_mask."""
-    rng = np.random.default_rng(seed)
+def two_views(n: int, dim: int, batch: int, device, supervised: bool = False) -> dict:
+    """Random keypoints, the second view being the first in another order, with noise; if supervised matching_mask."""
+    rng = np.random.default_rng(0)
     order = rng.permutation(n)
     descriptors = rng.normal(size=(n, dim))
     data = {}
@@ -80,9 +81,10 @@ def two_views(n: int, dim: int, batch: int, device, seed: int = 0) -> dict:
         data[f"descriptors{v}"] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
         data[f"norm_keypoints{v}"] = rng.uniform(-0.7, 0.7, (n, 2))
         data[f"scores{v}"] = rng.uniform(0, 1, n)
-    target = np.argsort(order)
-    target[: n // 2] = -1  # half of the keypoints match
-    data["matching_mask"] = matching_mask(target, n, n)
+    if supervised:
+        target = np.argsort(order)
+        target[: n // 2] = -1  # half of the keypoints match
+        data["matching_mask"] = matching_mask(target, n, n)
     return {key: torch.from_numpy(np.stack([value] * batch)).to(device, torch.float32) for key, value in data.items()}
 
 
@@ -114,15 +116,17 @@ def _in_new_process(function, *arguments):
         process.join()
 
 
+def _autocast(precision: str, device: torch.device):
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
 def print_table(rows: list[dict]) -> None:
     """Rows {column: number, text or None} as a table whose columns are those of the first."""
     def text(value):
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
     table = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    print(*align(table), sep="\n")
 
 
 # match
@@ -143,7 +147,6 @@ def _peak_of_match(n: int, dim: int, n_layers: int) -> float:
     with torch.inference_mode():
         for size in (n // 16, n):  # what the libraries take for themselves is there after the first
             data = two_views(size, dim, 1, "cpu")
-            data.pop("matching_mask")
             before = peak_memory_mb(0)
             imp(data)
     return peak_memory_mb(0) - before
@@ -153,7 +156,6 @@ def peak_match_megabytes(n: int, dim: int, n_layers: int, device: torch.device) 
     """Most memory that one-shot IMP of a pair took beyond its weights and input."""
     if device.type == "cuda":
         imp, data = matchers(dim, n_layers, device)["imp"].eval(), two_views(n, dim, 1, device)
-        data.pop("matching_mask")
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         with torch.inference_mode():
@@ -178,7 +180,6 @@ def benchmark_match(args, device: torch.device) -> dict:
     against, variants = [], []
     for n in args.keypoints:
         data = two_views(n, args.dim, 1, device)
-        data.pop("matching_mask")
         functions = {
             "product": partial(torch.matmul, product, product),
             "imp": partial(nets["imp"], data),
@@ -203,8 +204,7 @@ def benchmark_match(args, device: torch.device) -> dict:
                 many = {key: value.expand(batch, *value.shape[1:]).contiguous() for key, value in data.items()}
                 functions = {name: partial(net, many) for name, net in (("IMP", nets["imp"]), ("EIMP", nets["eimp"]),
                                                                         ("IMP compiled", compiled)) if net is not None}
-                cast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
-                with torch.inference_mode(), cast:
+                with torch.inference_mode(), _autocast(precision, device):
                     seconds = median_seconds(functions, args.rounds, device)
                 variants.append({"keypoints": n, "precision": precision, "batch": batch,
                                  **{f"{name} pairs/s": batch / value for name, value in seconds.items()}})
@@ -220,7 +220,7 @@ def benchmark_match(args, device: torch.device) -> dict:
 
 def _training_step(net, data: dict, optimizer, precision: str, device: torch.device) -> None:
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+    with _autocast(precision, device):
         loss = net(data)["loss"]
     loss.backward()
     optimizer.step()
@@ -267,7 +267,7 @@ def sample_milliseconds(rounds: int, n: int = 4096, chosen: int = 1024) -> float
 def benchmark_train(args, device: torch.device) -> dict:
     rows = []
     for n in args.keypoints:
-        data = two_views(n, args.dim, args.batch[0], device)
+        data = two_views(n, args.dim, args.batch[0], device, supervised=True)
         functions = {"assignments": partial(_assignments_step, data, args.layers)}
         for kind, net in matchers(args.dim, args.layers, device).items():
             if args.compile:

@@ -114,7 +114,7 @@ def _auc_cells(numbers: dict) -> list[str]:
     return cells
 
 
-def _align(table: list[list[str]]) -> list[str]:
+def align(table: list[list[str]]) -> list[str]:
     """Rows of cells -> lines; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -148,7 +148,7 @@ def format_table(summary: dict[str, dict]) -> str:
                     "-" if kept is None else f"{kept:.0f}"]
         row += [f"{numbers['ms'][stage]:.1f}" for stage in STAGES]
         table.append(row)
-    return "\n".join([*_align(table), *notes])
+    return "\n".join([*align(table), *notes])
 
 
 def format_iterations(by_iteration: list[dict]) -> str:
@@ -158,7 +158,7 @@ def format_iterations(by_iteration: list[dict]) -> str:
     for numbers in by_iteration:
         table.append([f"{numbers['iterations']} iterations", *_auc_cells(numbers), _percent(numbers["precision"]),
                       _percent(numbers["running"]), _percent(numbers["stopped"]), f"{numbers['keypoints_kept']:.0f}"])
-    return "\n".join(_align(table))
+    return "\n".join(align(table))
 
 
 def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]]]:
@@ -184,7 +184,7 @@ def format_sweep(sweep: dict) -> str:
         for method in next(iter(by_threshold.values())):
             table.append([f"{estimator}, {method}", *(_percent(by_threshold[threshold][method])
                                                       for threshold in thresholds)])
-    return "\n".join(_align(table))
+    return "\n".join(align(table))
 
 
 def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **more) -> None:

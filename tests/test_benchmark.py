@@ -22,7 +22,7 @@ def test_operations_are_those_of_the_straightforward_network(n, dim, n_layers):
 
 
 def test_what_the_second_view_is_asked_to_match():
-    data = benchmark.two_views(64, 32, 2, "cpu")
+    data = benchmark.two_views(64, 32, 2, "cpu", supervised=True)
     mask, similarity = data["matching_mask"][0, :-1, :-1] > 0, data["descriptors0"][0] @ data["descriptors1"][0].T
     assert mask.sum() == 32
     assert torch.equal(similarity.argmax(dim=1)[mask.any(dim=1)], mask.float().argmax(dim=1)[mask.any(dim=1)])

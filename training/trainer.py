@@ -34,6 +34,11 @@ SCALARS = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "ac
            "total_acc_incorr", "total_matches")
 
 
+def _branch_ends(matcher) -> list:
+    """The last layers of the residual branches and of the keypoint encoder."""
+    return [branch[-1] for branch in [*(layer.mlp for layer in matcher.gnn.layers), matcher.kenc.encoder]]
+
+
 @torch.no_grad()
 def warm_start(matcher) -> None:
     """Make an untrained matcher a nearest-neighbour matcher (SPEC 10), in place."""
@@ -42,16 +47,15 @@ def warm_start(matcher) -> None:
     for proj in matcher.final_proj:
         proj.weight.copy_(gain * torch.eye(dim).unsqueeze(-1))
         proj.bias.zero_()
-    for branch in [layer.mlp for layer in matcher.gnn.layers] + [matcher.kenc.encoder]:
-        branch[-1].weight.mul_(WARM_RESIDUAL)
-        branch[-1].bias.mul_(WARM_RESIDUAL)
+    for end in _branch_ends(matcher):
+        end.weight.mul_(WARM_RESIDUAL)
+        end.bias.mul_(WARM_RESIDUAL)
     matcher.bin_score.fill_(WARM_BIN_SCORE)
 
 
 def parameter_groups(matcher, branch_lr: float) -> list[dict]:
     """What an optimiser takes: the last layers of residual branches and of the encoder learn at branch_lr times lr."""
-    branches = [layer.mlp for layer in matcher.gnn.layers] + [matcher.kenc.encoder]
-    last = [parameter for branch in branches for parameter in branch[-1].parameters()]
+    last = [parameter for end in _branch_ends(matcher) for parameter in end.parameters()]
     of_last = set(map(id, last))
     return [{"params": [parameter for parameter in matcher.parameters() if id(parameter) not in of_last], "share": 1.0},
             {"params": last, "share": branch_lr}]
@@ -113,7 +117,7 @@ class Trainer:
         self.model.to(job.device)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optim"]]
         parameters = self.model.parameters()
-        if config["branch_lr"] != 1:
+        if config["branch_lr"] != 1:  # else one group, as checkpoints from before have it
             parameters = parameter_groups(self.model, config["branch_lr"])
         self.optimizer = kind(parameters, lr=config["lr"], fused=job.device.type == "cuda")
         self.step, self.best = 0, None
