@@ -71,7 +71,10 @@ class Method:
     use_uncertainty: bool = False
 
     def run(self, data: dict, estimates: list) -> list[Outcome]:
-        """One pair (see `to_data`) with each of several estimators of its pose: matches (M, 2) -> R, t, inliers."""
+        """One pair (see `to_data`) with each of several estimators of its pose.
+
+        An estimator: matches (M, 2), quick=False -> R, t, inliers or None; quick, see `match_iteratively`.
+        """
         if self.iterative:
             return [self._in_turns(data, estimate) for estimate in estimates]
         matched = match_one_shot(self.matcher, data, lambda matches: None)

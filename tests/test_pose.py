@@ -1,10 +1,11 @@
 import cv2
 import numpy as np
+import poselib
 import pytest
 from scipy.spatial.transform import Rotation
 
 from eval.metrics import epipolar_error, pose_error
-from eval.pose import ESTIMATORS, estimate_pose
+from eval.pose import ESTIMATORS, QUICK_ITERATIONS, estimate_pose
 from tools.geometry import essential_matrix, make_pose, project
 
 METHODS = list(ESTIMATORS)
@@ -117,8 +118,24 @@ def test_estimators_get_camera_coordinates_and_the_mean_focal_length(monkeypatch
     monkeypatch.setitem(ESTIMATORS, "mine", lambda *arguments: calls.append(arguments))
     keypoints0, keypoints1, T_0to1 = two_views(n=5)
     assert estimate_pose(keypoints0[:4], keypoints1[:4], K0, K1, 2.0, "mine") is None and not calls
-    estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7)
-    (x0, x1, threshold, focal, seed), = calls
+    estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7, True)
+    (x0, x1, threshold, focal, seed, quick), = calls
     np.testing.assert_allclose(epipolar_error(x0, x1, essential_matrix(T_0to1)), 0, atol=1e-12)
     np.testing.assert_allclose(x0[:, 0] * 520 + 310, keypoints0[:, 0])
-    assert (threshold, seed) == (2.0, 7) and focal == (520 + 540 + 1400 + 1380) / 4
+    assert (threshold, seed, quick) == (2.0, 7, True) and focal == (520 + 540 + 1400 + 1380) / 4
+
+
+def test_a_quick_search_ends_early_on_matches_that_are_all_wrong(monkeypatch):
+    rng = np.random.default_rng(0)
+    keypoints0, keypoints1 = rng.uniform(0, 1000, (2, 200, 2))
+    draws, found = [], poselib.estimate_relative_pose
+
+    def watched(*arguments):
+        pose, info = found(*arguments)
+        draws.append(info["iterations"])
+        return pose, info
+
+    monkeypatch.setattr(poselib, "estimate_relative_pose", watched)
+    for quick in (True, False):
+        estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, quick)
+    assert draws[0] == QUICK_ITERATIONS < draws[1]
