@@ -282,11 +282,11 @@ class ImageMatcher:
         has_cameras = K0 is not None and K1 is not None
         matched_K0, matched_K1 = (view0.matched_K(K0), view1.matched_K(K1)) if has_cameras else (None, None)
 
-        def estimate(matches, quick=False):
+        def estimate(matches, scores=None):
             if not has_cameras:
                 return None
             return estimate_pose(view0.features.keypoints[matches[:, 0]], view1.features.keypoints[matches[:, 1]],
-                                 matched_K0, matched_K1, self.threshold, self.estimator, self.seed, quick)
+                                 matched_K0, matched_K1, self.threshold, self.estimator, self.seed, scores)
 
         pair = EvalPair(0, (view0.name, view1.name), (view0.name, view1.name), view0.features, view1.features)
         is_network = isinstance(self.matcher, Network)

@@ -67,19 +67,19 @@ def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = Fal
     """Match one pair and estimate its pose in turns.
 
     matcher: IMP, EIMP or GM (`nets.build_matcher`) in evaluation mode; data: as it takes it, B = 1; estimate: matches
-    (M, 2), quick -> R, t, inliers (M,) or None; quick is True on the way, False for the pose at the end of a loop that
-    never stopped. use_uncertainty: EIMP pools by a threshold in proportion to the share of inliers, so that more
-    keypoints stay where the pose is doubtful. threshold: score of the matches that are returned if the pose never
-    stayed the same. n_layers: iterations at most (None: all that the network has).
+    (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never
+    stopped (see `eval.pose.estimate_pose`). use_uncertainty: EIMP pools by a threshold in proportion to the share of
+    inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
+    if the pose never stayed the same. n_layers: iterations at most (None: all that the network has).
     """
     n_layers = matcher.n_layers if n_layers is None else n_layers
     seconds, steps, last_pose = {"matching": 0.0, "pose": 0.0}, [], None
     if not data["descriptors0"].shape[1] or not data["descriptors1"].shape[1]:
         return IterativeMatch(np.zeros((0, 2), np.int64), np.zeros(0, np.float32), None, 0, False, steps, seconds)
 
-    def timed_estimate(matches, quick):
+    def timed_estimate(*arguments):
         start = time.perf_counter()
-        pose = estimate(matches, quick)
+        pose = estimate(*arguments)
         seconds["pose"] += time.perf_counter() - start
         return pose
 
@@ -95,7 +95,7 @@ def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = Fal
         if len(step.matches) < MIN_MATCHES:
             last_pose = None
             continue
-        step.pose = timed_estimate(step.matches, quick=True)
+        step.pose = timed_estimate(step.matches, step.scores)
         inlier_ratio = 0.0 if step.pose is None else float(np.mean(step.pose[2]))
         if inlier_ratio > 0 and same_pose(step.pose, last_pose):
             seconds["matching"] = time.perf_counter() - start - seconds["pose"]
@@ -109,7 +109,7 @@ def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = Fal
 
     final = all_scores > threshold
     seconds["matching"] = time.perf_counter() - start - seconds["pose"]
-    pose = timed_estimate(all_matches[final], quick=False)
+    pose = timed_estimate(all_matches[final])
     return IterativeMatch(all_matches[final], all_scores[final], pose, n_layers, False, steps, seconds)
 
 

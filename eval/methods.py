@@ -73,7 +73,7 @@ class Method:
     def run(self, data: dict, estimates: list) -> list[Outcome]:
         """One pair (see `to_data`) with each of several estimators of its pose.
 
-        An estimator: matches (M, 2), quick=False -> R, t, inliers or None; quick, see `match_iteratively`.
+        An estimator: matches (M, 2), scores (M,) or None -> R, t, inliers or None; see `match_iteratively`.
         """
         if self.iterative:
             return [self._in_turns(data, estimate) for estimate in estimates]

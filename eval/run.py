@@ -38,7 +38,7 @@ Results = dict[PoseSetting, dict[str, list[PairResult]]]
 
 
 class _Estimate:
-    """matches (M, 2) of a pair, quick -> R, t, inliers or None; `seconds`: how long all calls took to compute.
+    """matches (M, 2) of a pair, scores (M,) -> R, t, inliers or None; `seconds`: how long all calls took to compute.
 
     pool: the processes that do it, or None. network: the lock that the caller holds; it is open while others compute.
     """
@@ -47,12 +47,12 @@ class _Estimate:
         self.pair, self.setting, self.pool, self.network = pair, setting, pool, network
         self.seconds = 0.0
 
-    def __call__(self, matches: np.ndarray, quick: bool = False) -> tuple | None:
+    def __call__(self, matches: np.ndarray, scores: np.ndarray | None = None) -> tuple | None:
         pair = self.pair
         if pair.K0 is None:
             return None
         arguments = (pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-                     self.setting.threshold, self.setting.estimator, self.setting.seed, quick)
+                     self.setting.threshold, self.setting.estimator, self.setting.seed, scores)
         if self.pool is None:
             pose, seconds = timed_estimate_pose(*arguments)
         else:

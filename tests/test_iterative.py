@@ -57,11 +57,11 @@ class ScriptedEstimator:
     """Returns the poses in turn, with the first share of the matches as inliers; None where the script says so."""
 
     def __init__(self, *poses, share=0.5):
-        self.poses, self.share, self.calls, self.quick = list(poses), share, [], []
+        self.poses, self.share, self.calls, self.scores = list(poses), share, [], []
 
-    def __call__(self, matches, quick):
+    def __call__(self, matches, scores=None):
         self.calls.append(matches)
-        self.quick.append(quick)
+        self.scores.append(scores)
         found = self.poses.pop(0)
         return None if found is None else (*found, np.arange(len(matches)) < self.share * len(matches))
 
@@ -84,7 +84,7 @@ def test_two_poses_that_agree_stop_it_and_their_inliers_are_the_matches():
     assert found.matches.tolist() == [[i, N - 1 - i] for i in range(12)] and len(found.scores) == 12
     assert found.pose[0] is B[0] and found.pose[1] is B[1] and found.pose[2].tolist() == [True] * 12
     assert [step.iteration for step in found.steps] == [3, 5, 7]
-    assert estimate.quick == [True] * 3
+    assert [len(scores) for scores in estimate.scores] == [30] * 3
     assert [len(step.matches) for step in found.steps] == [len(step.pose[2]) for step in found.steps] == [30] * 3
     assert [step.pose[1] for step in found.steps] == [A[1], B[1], B[1]]
     assert set(found.seconds) == {"matching", "pose"}
@@ -120,9 +120,9 @@ def test_a_failed_pose_forgets_the_last_one_and_pools_as_without_uncertainty(fai
     network, estimate = ScriptedNetwork([ENOUGH] * 15), ScriptedEstimator(A, failed, A, A)
     shares = iter([0.5, 0.0, 0.5, 0.5])
 
-    def failing_once(matches, quick):
+    def failing_once(matches, scores=None):
         estimate.share = next(shares)
-        return estimate(matches, quick)
+        return estimate(matches, scores)
 
     found = match_iteratively(network, DATA, failing_once, use_uncertainty)
     assert found.stopped_early and found.n_iterations == 10
@@ -152,7 +152,8 @@ def test_never_stopped_gives_the_strong_matches_of_the_last_iteration_and_one_mo
     assert not found.stopped_early and found.n_iterations == network.started == 15
     assert len(found.matches) == len(found.scores) == 27 and found.scores.min() == 0.5
     assert [len(call) for call in estimate.calls] == [30] * 6 + [33, 27]
-    assert estimate.quick == [True] * 7 + [False]
+    assert all(len(scores) == len(matches) for scores, matches in zip(estimate.scores[:-1], estimate.calls))
+    assert estimate.scores[-1] is None
     assert found.pose[1] is H[1] and len(found.pose[2]) == 27
     assert len(found.steps) == 7 and len(found.steps[-1].matches) == 33 and found.steps[-1].pose[1] is G[1]
     assert [t for t, _ in network.removed] == [3, 5, 7, 9, 11, 13]  # after the last there is nothing to save
@@ -197,7 +198,7 @@ def make_data(n_shared=60, n_alone=60):
 def never_the_same(share=0.75):
     """An estimator that finds another pose each time, with a share of the matches as inliers."""
     angles = itertools.count(0, 17)
-    return lambda matches, quick: (*pose(next(angles)), np.arange(len(matches)) < share * len(matches))
+    return lambda matches, scores=None: (*pose(next(angles)), np.arange(len(matches)) < share * len(matches))
 
 
 @pytest.mark.parametrize("kind, n_min_tokens", [("imp", 0), ("eimp", 256), ("gm", 256)])
@@ -264,7 +265,7 @@ def test_a_view_without_keypoints_has_no_matches(empty):
     network, (data, _) = make_network("eimp"), make_data()
     for name in ("descriptors", "scores", "keypoints"):
         data[name + empty] = data[name + empty][:, :0]
-    found = match_iteratively(network, data, lambda matches, quick: pytest.fail("nothing to estimate from"))
+    found = match_iteratively(network, data, lambda matches, scores=None: pytest.fail("nothing to estimate from"))
     assert found.matches.shape == (0, 2) and found.pose is None and not found.steps and not found.stopped_early
 
 
@@ -278,7 +279,7 @@ def test_a_method_runs_the_loop_as_its_matcher_says():
     kept = {}
     for use_uncertainty in (False, True):
         outcome, other = Method(Network(network, threshold, 6), True, use_uncertainty).run(
-            data, [never_the_same(share=0.02), lambda matches, quick: None])
+            data, [never_the_same(share=0.02), lambda matches, scores=None: None])
         assert outcome.n_iterations == 6 and outcome.stopped_early is False and outcome.pose is not None
         assert outcome.used.all() and len(outcome.used) == len(outcome.all_matches)
         assert other.pose is None and len(other.steps) == 2

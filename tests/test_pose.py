@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from eval.metrics import epipolar_error, pose_error
-from eval.pose import ESTIMATORS, QUICK_ITERATIONS, estimate_pose
+from eval.pose import ESTIMATORS, PROSAC_ITERATIONS, estimate_pose
 from tools.geometry import essential_matrix, make_pose, project
 
 METHODS = list(ESTIMATORS)
@@ -118,16 +118,22 @@ def test_estimators_get_camera_coordinates_and_the_mean_focal_length(monkeypatch
     monkeypatch.setitem(ESTIMATORS, "mine", lambda *arguments: calls.append(arguments))
     keypoints0, keypoints1, T_0to1 = two_views(n=5)
     assert estimate_pose(keypoints0[:4], keypoints1[:4], K0, K1, 2.0, "mine") is None and not calls
-    estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7, True)
-    (x0, x1, threshold, focal, seed, quick), = calls
+    estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7, "scores")
+    (x0, x1, threshold, focal, seed, scores), = calls
     np.testing.assert_allclose(epipolar_error(x0, x1, essential_matrix(T_0to1)), 0, atol=1e-12)
     np.testing.assert_allclose(x0[:, 0] * 520 + 310, keypoints0[:, 0])
-    assert (threshold, seed, quick) == (2.0, 7, True) and focal == (520 + 540 + 1400 + 1380) / 4
+    assert (threshold, seed, scores) == (2.0, 7, "scores") and focal == (520 + 540 + 1400 + 1380) / 4
 
 
-def test_a_quick_search_ends_early_on_matches_that_are_all_wrong(monkeypatch):
+def test_with_scores_poselib_tries_strong_matches_first_and_not_for_long(monkeypatch):
+    keypoints0, keypoints1, T_0to1 = two_views(n=30)
     rng = np.random.default_rng(0)
-    keypoints0, keypoints1 = rng.uniform(0, 1000, (2, 200, 2))
+    wrong0, wrong1 = rng.uniform(0, 1000, (2, 570, 2))
+    shuffled = rng.permutation(600)
+    keypoints0 = np.concatenate([keypoints0, wrong0])[shuffled]
+    keypoints1 = np.concatenate([keypoints1, wrong1])[shuffled]
+    right = shuffled < 30
+    scores = np.where(right, 0.9, 0.1)
     draws, found = [], poselib.estimate_relative_pose
 
     def watched(*arguments):
@@ -136,6 +142,9 @@ def test_a_quick_search_ends_early_on_matches_that_are_all_wrong(monkeypatch):
         return pose, info
 
     monkeypatch.setattr(poselib, "estimate_relative_pose", watched)
-    for quick in (True, False):
-        estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, quick)
-    assert draws[0] == QUICK_ITERATIONS < draws[1]
+    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores)
+    assert max(pose_error(T_0to1, R, t)) < 0.5 and inliers[right].all() and inliers[~right].mean() < 0.05
+    R, t, _ = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, 1 - scores)
+    assert max(pose_error(T_0to1, R, t)) > 5
+    estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0)
+    assert draws[:2] == [PROSAC_ITERATIONS] * 2 and draws[2] > PROSAC_ITERATIONS
