@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eval.image_matcher import ImageMatcher, describe_pose
 from eval.matchers import NETWORKS
-from tools.cli import InputError, run
+from tools.cli import MOST_KEYPOINTS, InputError, run, whole_number
 from tools.pair_list import read_pair_list
 from tools.visualize import STRIP_COLUMNS, write_strip
 
@@ -29,7 +29,8 @@ def main(argv=None) -> int:
                         help="pair list with ground truth, of which the first is drawn (default: %(default)s)")
     parser.add_argument("--image_dir", default="runs/demo/test_scenes/scannet",
                         help="what the names in it are relative to (default: %(default)s)")
-    parser.add_argument("--max_keypoints", type=int, default=1000, help="of an image (default: %(default)s)")
+    parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=1000,
+                        help="of an image (default: %(default)s)")
     parser.add_argument("--save_path", default="assets", help="folder of the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
     pair = read_pair_list(args.pairs)[0]

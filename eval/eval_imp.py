@@ -11,6 +11,7 @@ pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interru
 """
 import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -46,11 +47,11 @@ from eval.report import (
 )
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
-from tools.cli import InputError, report_skipped, run
+from tools.cli import MOST_KEYPOINTS, InputError, number, report_skipped, run, whole_number
 from tools.config import read_yaml
 from tools.distributed import choose_device
 from tools.features import DESCRIPTOR_DIM, build_extractor
-from tools.files import write_image
+from tools.files import check_folder, file_hash, write_image
 from tools.pair_list import read_pair_list
 from tools.visualize import draw_matches
 
@@ -145,6 +146,10 @@ def _build_list_set(args) -> ListPairSet:
 
 def build_methods(args) -> dict[str, Method]:
     """What the command line names, in its order: {row of the table: Method}."""
+    name, count = Counter(args.matching_method).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"--matching_method names {name} {count} times: name it once, and give other --weights a run "
+                         "of their own")
     networks = [name for name in args.matching_method if name in NETWORKS]
     weights = args.weights or [None]
     if args.weights and (not networks or len(weights) not in (1, len(networks))):
@@ -164,6 +169,13 @@ def build_methods(args) -> dict[str, Method]:
             uncertain = args.use_uncertainty and matcher.network.pools
             methods[f"{name} iterative{', uncertainty' if uncertain else ''}"] = Method(matcher, True, uncertain)
     return methods
+
+
+def weights_used(methods: dict[str, Method]) -> dict[str, dict]:
+    """{method: path and short SHA-256 of its weights}, for the networks."""
+    paths = {name: method.matcher.path for name, method in methods.items() if isinstance(method.matcher, Network)}
+    hashes = {path: file_hash(path) for path in set(paths.values())}
+    return {name: {"path": str(path), "sha256": hashes[path]} for name, path in paths.items()}
 
 
 def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, list[str]]:
@@ -224,46 +236,41 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
-    parser.add_argument("--match_threshold", type=float, default=0.2,
+    parser.add_argument("--match_threshold", type=number(0, 1), default=0.2,
                         help="score of a network's match (default: %(default)s)")
-    parser.add_argument("--ratio", type=float, default=0.8, help="of NN_ratio (default: %(default)s)")
+    parser.add_argument("--ratio", type=number(0, 1), default=0.8, help="of NN_ratio (default: %(default)s)")
     parser.add_argument("--threshold", type=_threshold, metavar="PIXELS",
                         help="of the pose estimator (default: 1 for yfcc and megadepth1500, else 3); sweep: try "
                         f"{', '.join(f'{threshold:g}' for threshold in SWEEP)} and report the best")
     parser.add_argument("--estimator", choices=[*ESTIMATORS, "all"], default="magsac",
                         help="of the pose; all: a table for each (default: %(default)s)")
-    parser.add_argument("--max_keypoints", type=int, default=2000,
+    parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
                         help="pair list: keypoints of an image (default: %(default)s)")
-    parser.add_argument("--contrast_threshold", type=float, default=1e-5,
+    parser.add_argument("--contrast_threshold", type=number(0), default=1e-5,
                         help="pair list: of sift (default: %(default)s)")
     parser.add_argument("--unique_locations", action="store_true", help="pair list: one sift keypoint per place")
-    parser.add_argument("--resize", type=int, nargs="+", metavar="PIXELS",
+    parser.add_argument("--resize", type=whole_number(1), nargs="+", metavar="PIXELS",
                         help="pair list: width and height, or the longer side, to extract features at")
-    parser.add_argument("--limit", type=int, help="evaluate that many pairs, spread evenly over the set")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--limit", type=whole_number(1),
+                        help="evaluate that many pairs, spread evenly over the set")
+    parser.add_argument("--seed", type=whole_number(0), default=0,
                         help="of the pose estimator and of the intervals (default: %(default)s)")
-    parser.add_argument("--estimator_seeds", type=int, default=1, metavar="N",
+    parser.add_argument("--estimator_seeds", type=whole_number(1), default=1, metavar="N",
                         help="estimate each pose N times, with the seeds from --seed on: AUCs are means over them, all "
                         "else is of the first (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that estimate poses while the network runs; "
-                        "0: all in turn, for times that can be compared (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_number(0), default=0, help="processes that estimate poses while the "
+                        "network runs; 0: all in turn, for times that can be compared (default: %(default)s)")
     parser.add_argument("--plot_time_auc", action="store_true",
                         help="also run each network with 3, 5, 7, ... iterations, and plot AUC over time")
-    parser.add_argument("--pictures", type=int, default=4,
+    parser.add_argument("--pictures", type=whole_number(0), default=4,
                         help="how many pairs to draw, easy to hard (default: %(default)s)")
     parser.add_argument("--save_path", help="folder of the results (default: runs/eval/{set}_{feature})")
     args = parser.parse_args(argv)
     if not args.dataset and not args.pairs:
         parser.error("name a set: --dataset, or --pairs and --image_dir")
-    if args.resize and (len(args.resize) > 2 or min(args.resize) < 1):
+    if args.resize and len(args.resize) > 2:
         parser.error("--resize takes a width and a height, or the longer side, in pixels")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit is a number of pairs, 1 or more")
-    if args.workers < 0:
-        parser.error("--workers is a number of processes, 0 or more")
-    if args.estimator_seeds < 1:
-        parser.error("--estimator_seeds is a number of seeds, 1 or more")
     if args.estimator_seeds > 1 and args.threshold == "sweep":
         parser.error("--estimator_seeds goes with one --threshold, not with a sweep")
     if args.use_uncertainty and not args.use_iterative:
@@ -324,7 +331,9 @@ def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSettin
 
 def main(argv=None) -> int:
     args = parse_arguments(argv)
+    check_folder(args.save_path)
     pair_set, methods = build_pair_set(args), build_methods(args)
+    more = {"weights": weights_used(methods)}
     trained_on = warn_of_training_scenes(pair_set, methods)
     results, skipped, sweep = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
@@ -340,7 +349,6 @@ def main(argv=None) -> int:
         print()
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
-    more = {}
     if sweep:
         print(format_sweep(sweep))
         more["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}

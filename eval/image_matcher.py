@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
-import torch
 
 from eval.iterative import IterationStep
 from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
@@ -15,6 +14,7 @@ from eval.pair_sets import EvalPair
 from eval.pose import estimate_pose
 from tools import checkpoint
 from tools.cli import InputError
+from tools.distributed import choose_device
 from tools.exif import read_exif
 from tools.features import DESCRIPTOR_DIM, Features, build_extractor
 from tools.files import atomic_path, read_image
@@ -207,8 +207,8 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
         dims = {dim: name for name, dim in DESCRIPTOR_DIM.items()}
         feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
         if matching_method is None:
-            trained = content.get("config")
-            trained = trained.get("network") if isinstance(trained, dict) else None
+            config = content.get("config")
+            trained = str((config if isinstance(config, dict) else content).get("network"))
             names = {"gm": "GM", "eimp": "EIMP", "adagmn": "EIMP"}
             matching_method = names.get(trained) or names.get(described.get("network"), "IMP")
         return matching_method, feature_type, str(weights)
@@ -230,14 +230,14 @@ class ImageMatcher:
     matching_method, feature_type, weights: None is the best on hand (`choose_model`). resize: longer side at which
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
     eval.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
-    the way, and all matches of the last iteration returned, rather than iterative matching. device: None is a GPU if
-    there is one.
+    the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
+    there is one), cpu, cuda or cuda:N.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
-                 one_shot: bool = False, seed: int = 0, device: str | None = None):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+                 one_shot: bool = False, seed: int = 0, device: str = "auto"):
+        device = str(choose_device(device))
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {"max_keypoints": max_keypoints}
         if feature_type == "sift":

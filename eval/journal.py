@@ -1,6 +1,6 @@
 """The file that lets an interrupted evaluation go on: a line of JSON for each finished pair.
 
-    {"format": "imp-eval-journal", "version": 2, "settings": {...}}       first line: what the results depend on
+    {"format": "imp-eval-journal", "version": 3, "settings": {...}}       first line: what the results depend on
     {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "seed": ..., "result": {...}},
                               ...]}
     ...
@@ -17,7 +17,7 @@ from tools.cli import InputError
 from tools.manifest import check_settings
 
 FORMAT = "imp-eval-journal"
-VERSION = 2
+VERSION = 3
 
 
 class Journal:

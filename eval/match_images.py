@@ -43,9 +43,9 @@ from tqdm import tqdm
 from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
 from eval.matchers import MATCHERS, NETWORKS
 from eval.pose import ESTIMATORS
-from tools.cli import InputError, report_skipped, run
+from tools.cli import MOST_KEYPOINTS, InputError, report_skipped, run, whole_number
 from tools.features import DESCRIPTOR_DIM
-from tools.files import write_image
+from tools.files import check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
 from tools.visualize import write_strip
 
@@ -247,16 +247,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="of the pose (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=1.0,
                         help="of the pose's inliers, pixels of the images as matched (default: %(default)s)")
-    parser.add_argument("--max_keypoints", type=int, default=2000, help="of an image (default: %(default)s)")
-    parser.add_argument("--resize", type=int, default=1600, metavar="PIXELS",
+    parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
+                        help="of an image (default: %(default)s)")
+    parser.add_argument("--resize", type=whole_number(1), default=1600, metavar="PIXELS",
                         help="longer side at which images are matched, at most (default: %(default)s)")
     parser.add_argument("--draw_iterations", action="store_true",
                         help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
-    parser.add_argument("--seed", type=int, default=0, help="of the pose estimator (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--save_path", default="runs/matches", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("focal", "threshold", "max_keypoints", "resize"):
+    for name in ("focal", "threshold"):
         value = getattr(args, name)
         if value is not None and not 0 < value < np.inf:
             parser.error(f"--{name} {value}: must be more than 0")
@@ -276,6 +277,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     save_path = Path(args.save_path)
+    check_folder(save_path)
     pairs, image_dir = find_pairs(args.images, args.image_dir, save_path)
     if args.K1 and len(args.images) != 2:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")

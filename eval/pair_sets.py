@@ -87,8 +87,12 @@ class Hdf5PairSet:
 
     @property
     def descriptor_dim(self) -> int:
-        """Channels of the descriptors in the file."""
-        return self.file[f"desc1/{self.indices[0]}"].shape[-1]
+        """Channels of the descriptors in the file; InputError if there are none."""
+        shapes = (self.file[f"desc1/{index}"].shape for index in self.indices if f"desc1/{index}" in self.file)
+        dim = next((shape[1] for shape in shapes if len(shape) == 2), None)
+        if dim is None:
+            raise InputError(f"{self.path} holds no descriptors; delete it and run dump.dump again")
+        return dim
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -24,6 +24,11 @@ def _mean(values) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def _median(values) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
 def _auc(errors: list[list[float]], seed: int) -> dict:
     """Mean AUC of some runs over the same pairs at each threshold, and its 95% interval; {} without errors."""
     if not errors[0]:
@@ -38,7 +43,8 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
     """Numbers per method. With depth, the first method's recall is the one at which all methods' precision is given.
 
     others: results of the same pairs with other seeds of the estimator; AUCs are means over all. Shares and AUCs in
-    [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled.
+    [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled. epipolar_error, in
+    camera coordinates: mean over pairs of the mean of a pair's matches, and median of the medians.
     """
     summary, baseline_recall = {}, None
     for method, rows in results.items():
@@ -49,6 +55,8 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
             numbers["pose_found"] = float(np.mean(np.isfinite(errors)))
         numbers["precision"] = _mean(row.precision for row in rows)
         numbers["matching_score"] = _mean(row.matching_score for row in rows)
+        numbers["epipolar_error"] = {"mean": _mean(row.epipolar_mean for row in rows),
+                                     "median": _median(row.epipolar_median for row in rows)}
         numbers["matches"] = _mean(row.n_matches for row in rows)
         numbers["inliers"] = _mean(row.n_inliers for row in rows)
         numbers["keypoints"] = _mean((row.n_keypoints0 + row.n_keypoints1) / 2 for row in rows)
@@ -214,12 +222,14 @@ def _rows(results: Results):
 def write_pairs_csv(path, results: Results) -> None:
     """Write a line per pair, method and estimator; empty where the ground truth is not known."""
     header = ["pair", "image0", "image1", "method", "estimator", "threshold", "error", "error_R", "error_t",
-              "keypoints0", "keypoints1", "matches", "inliers", "precision", "matching_score", "true",
-              "used_with_depth", "correct", "iterations", "stopped_early", *(f"ms_{stage}" for stage in STAGES)]
+              "keypoints0", "keypoints1", "matches", "inliers", "precision", "matching_score", "epipolar_mean",
+              "epipolar_median", "true", "used_with_depth", "correct", "iterations", "stopped_early",
+              *(f"ms_{stage}" for stage in STAGES)]
     _write_csv(path, header, (
         [*key, row.error, row.error_R, row.error_t, row.n_keypoints0, row.n_keypoints1, row.n_matches, row.n_inliers,
-         row.precision, row.matching_score, row.n_true, row.n_used, row.n_correct, row.n_iterations, row.stopped_early,
-         *(round(1000 * row.seconds[stage], 3) for stage in STAGES)] for key, row in _rows(results)))
+         row.precision, row.matching_score, row.epipolar_mean, row.epipolar_median, row.n_true, row.n_used,
+         row.n_correct, row.n_iterations, row.stopped_early, *(round(1000 * row.seconds[stage], 3) for stage in STAGES)]
+        for key, row in _rows(results)))
 
 
 def write_iterations_csv(path, results: Results) -> None:

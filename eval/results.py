@@ -10,6 +10,7 @@ from tools.correspondences import match_by_projection
 from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
 
 PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
+WORST_ERROR = 1.0  # of a match in their mean, at most: the error of a point on its epipole is inf
 
 
 @dataclass
@@ -41,7 +42,8 @@ class PairResult:
     error_R, error_t: degrees, inf without a pose; n_matches: those used for the pose, n_inliers of which agree with
     it; n_iterations: that a network ran. With depth: scores (M,) float32 and correct (M,) bool of all predicted
     matches between keypoints that have it, with n_true correspondences to find, of which n_used of those used were,
-    n_correct rightly. stopped_early, steps: of the loop. seconds: by stage.
+    n_correct rightly. stopped_early, steps: of the loop. seconds: by stage. epipolar_mean, epipolar_median: of the
+    matches' errors in camera coordinates, each at most WORST_ERROR; None without matches, too.
     """
 
     index: int
@@ -63,6 +65,8 @@ class PairResult:
     n_iterations: int | None = None
     stopped_early: bool | None = None
     steps: list[StepResult] = field(default_factory=list)
+    epipolar_mean: float | None = None
+    epipolar_median: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -104,15 +108,15 @@ def epipolar_errors(pair: EvalPair, matches: np.ndarray) -> np.ndarray | None:
     return epipolar_error(x0, x1, essential_matrix(pair.T_0to1))
 
 
-def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray, pose: tuple | None) -> int | None:
-    """Set error_R, error_t and precision, if the truth is known; returns how many matches are right."""
+def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray, pose: tuple | None
+           ) -> np.ndarray | None:
+    """Set error_R, error_t and precision, if the truth is known; returns the epipolar errors (M,)."""
     errors = epipolar_errors(pair, matches)
     if errors is None:
         return None
     result.error_t, result.error_R = (np.inf, np.inf) if pose is None else pose_error(pair.T_0to1, *pose[:2])
-    n_right = int(np.sum(errors < PRECISION_THRESHOLD))
-    result.precision = n_right / max(len(matches), 1)
-    return n_right
+    result.precision = int(np.sum(errors < PRECISION_THRESHOLD)) / max(len(matches), 1)
+    return errors
 
 
 def _n_inliers(pose: tuple | None) -> int:
@@ -125,9 +129,12 @@ def score_pair(pair: EvalPair, outcome: Outcome, true0: np.ndarray | None, secon
     result = PairResult(pair.index, pair.names, len(pair.features0.scores), len(pair.features1.scores), len(matches),
                         _n_inliers(outcome.pose), {"features": seconds_features, **outcome.seconds},
                         n_iterations=outcome.n_iterations, stopped_early=outcome.stopped_early)
-    n_right = _judge(result, pair, matches, outcome.pose)
-    if n_right is not None:
-        result.matching_score = n_right / max(result.n_keypoints0, 1)
+    errors = _judge(result, pair, matches, outcome.pose)
+    if errors is not None:
+        result.matching_score = int(np.sum(errors < PRECISION_THRESHOLD)) / max(result.n_keypoints0, 1)
+        if len(errors):
+            errors = np.minimum(errors, WORST_ERROR)
+            result.epipolar_mean, result.epipolar_median = float(np.mean(errors)), float(np.median(errors))
     for step in outcome.steps:
         scored = StepResult(step.iteration + 1, len(step.kept0), len(step.kept1), len(step.matches),
                             _n_inliers(step.pose))

@@ -1,5 +1,6 @@
 """Matchers, the evaluation command and what it reports, on images of two textured planes with exact poses."""
 import csv
+import hashlib
 import json
 
 import numpy as np
@@ -25,10 +26,12 @@ from eval.results import (
 )
 from eval.run import PoseSetting, evaluate
 from nets import build_matcher
+from tools import checkpoint
 from tools.checkpoint import save_checkpoint
 from tools.cli import InputError, run
 from tools.features import Features, Sift
 from tools.files import read_image
+from tools.geometry import make_pose
 from tools.pair_list import Pair, write_pair_list
 from training.trainer import warm_start
 
@@ -108,6 +111,9 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and {row["method"] for row in rows} == {"NN", "NN_ratio"}
     assert rows[0]["image1"] == NAMES[1] and float(rows[-1]["error"]) < 5
+    for of_pairs, name in ((np.mean, "mean"), (np.median, "median")):
+        errors = [float(row[f"epipolar_{name}"]) for row in rows if row["method"] == "NN_ratio"]
+        assert numbers["epipolar_error"][name] == pytest.approx(of_pairs(errors)) and 0 < of_pairs(errors) < 0.1
     for name in ("pairs_easy.png", "pairs_hard.png"):
         height, width = read_image(tmp_path / name).shape
         assert 640 < width < 760 and 2 * 240 < height < 2 * 400  # two methods below each other
@@ -174,6 +180,9 @@ def test_limit_takes_pairs_from_all_over_the_set(scene):
     (["--matching_method", "IMP", "EIMP", "IMP_geo", "--weights", "one.pth", "two.pth"], "IMP, EIMP, IMP_geo"),
     (["--dataset", "megadepth1500"], "0015_0.1_0.3.npz"),
     (["--device", "gpu"], "gpu"),
+    (["--device", "meta"], "unknown device 'meta'"),
+    (["--matching_method", "IMP", "NN", "IMP", "--weights", "a.pth", "b.pth"], "names IMP 2 times"),
+    (["--save_path", __file__], "is a file, not a folder"),
 ])
 def test_bad_input_is_one_line_that_names_it(scene, tmp_path, capsys, options, message):
     assert run(eval_imp.main, [*evaluate_command(scene, tmp_path), *options]) == 2
@@ -184,7 +193,13 @@ def test_bad_input_is_one_line_that_names_it(scene, tmp_path, capsys, options, m
 def test_usage_errors_name_the_option(scene, tmp_path, capsys):
     for options, message in ((["--threshold", "0"], "--threshold"), (["--threshold", "best"], "--threshold"),
                              (["--workers", "-1"], "--workers"), (["--use_uncertainty"], "--use_iterative"),
-                             (["--limit", "0"], "--limit"), (["--resize", "1", "2", "3"], "--resize")):
+                             (["--limit", "0"], "--limit"), (["--resize", "1", "2", "3"], "--resize"),
+                             (["--resize", "0"], "--resize"), (["--seed", "-1"], "--seed"),
+                             (["--estimator_seeds", "0"], "--estimator_seeds"), (["--pictures", "-1"], "--pictures"),
+                             (["--max_keypoints", "-5"], "--max_keypoints"), (["--ratio", "nan"], "--ratio"),
+                             (["--max_keypoints", "99999999999"], "--max_keypoints"),
+                             (["--match_threshold", "nan"], "--match_threshold"),
+                             (["--contrast_threshold", "inf"], "--contrast_threshold")):
         with pytest.raises(SystemExit) as error:
             parse_arguments([*evaluate_command(scene, tmp_path), *options])
         assert error.value.code == 2 and message in capsys.readouterr().err
@@ -423,13 +438,16 @@ def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
     with Journal(path, {"seed": 7}):  # nothing was done with these settings, so they bind nobody
         assert path.exists()
     assert not path.exists()
-    path.write_text('{"format": "imp-eval-journal", "version": 2, "settings": {"seed": 7}}\n')
+    path.write_text('{"format": "imp-eval-journal", "version": 3, "settings": {"seed": 7}}\n')
     with Journal(path, {"seed": 0}) as journal:
         with pytest.raises(InputError, match="another evaluation is writing"):
             Journal(path, {"seed": 0})
         journal.add(1, [])
     with pytest.raises(InputError, match="seed 0, now it is 1"):
         Journal(path, {"seed": 1})
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))  # its results lack what is reported now
+    with pytest.raises(InputError, match=r"delete it to start anew.* version 2, now it is 3"):
+        Journal(path, {"seed": 0})
     for content in ("notes of mine\n", '{"a": 1}\n', "[]\n", "no end of line"):
         path.write_text(content)
         with pytest.raises(InputError, match="no journal"):
@@ -477,6 +495,18 @@ def test_the_warning_stays_with_the_results(scene, weights, tmp_path, capsys):
     assert "warning" in capsys.readouterr().err
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["trained_on_tested_scenes"] == {str(weights): ["sub"]}
+
+
+def test_results_name_the_weights_that_were_taken(scene, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", weights.parent)
+    default = weights.parent / "imp_sift_open.pth"
+    default.write_bytes(weights.read_bytes())
+    command = evaluate_command(scene, tmp_path, "--max_keypoints", 60, "--n_layers", 4, "--pictures", 0,
+                               "--use_iterative", methods=["NN", "IMP"])
+    assert run(eval_imp.main, command) == 0
+    used = {"path": str(default), "sha256": hashlib.sha256(default.read_bytes()).hexdigest()[:16]}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["weights"] == {"IMP": used, "IMP iterative": used}
 
 
 # matchers
@@ -598,6 +628,22 @@ def test_matches_are_judged_by_depth_only_where_both_ends_have_it(scene):
     assert result.correct.tolist() == [True, True, True, False]
     # epipolar precision knows no depth: of the four used, the three right ones at least
     assert result.precision in (0.75, 1.0) and result.matching_score == 4 * result.precision / 400
+    errors = epipolar_errors(pair, matches[[0, 1, 3, 4]])
+    assert result.epipolar_mean == pytest.approx(np.mean(errors)) and max(errors) < 1
+    assert result.epipolar_median == pytest.approx(np.median(errors))
+
+
+def test_a_match_adds_no_more_than_the_worst_error_to_a_mean(scene):
+    pair = list_set(scene, [make_pair(0, 1)])[0]
+    pair.T_0to1 = make_pose(np.eye(3), [0, 0, 1])  # straight ahead: the epipole is the principal point
+    pair.features1.keypoints[0] = pair.K1[:2, 2]
+    matches = np.stack([np.arange(3)] * 2, axis=1)
+    errors = epipolar_errors(pair, matches)
+    assert errors[0] == np.inf and max(errors[1:]) < 1
+    outcome = Outcome(matches, np.ones(3), np.ones(3, bool), None, {"matching": 0.0, "pose": 0.0})
+    assert score_pair(pair, outcome, None, 0.0).epipolar_mean == pytest.approx((1 + errors[1] + errors[2]) / 3)
+    outcome.used[:] = False
+    assert score_pair(pair, outcome, None, 0.0).epipolar_mean is None
 
 
 def test_every_iteration_is_judged_by_its_own_pose(scene):
@@ -626,12 +672,15 @@ def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_cor
 
 
 def test_summary_compares_at_the_recall_of_the_first_method():
-    baseline = [row(1.0, 10, [0.9, 0.5], [True, False], 4, 2, 1), row(np.inf, 20, [0.6], [True], 4, 1, 1)]
+    baseline = [row(1.0, 10, [0.9, 0.5], [True, False], 4, 2, 1, epipolar_mean=0.1, epipolar_median=0.01),
+                row(np.inf, 20, [0.6], [True], 4, 1, 1)]
     other = [row(2.0, 6, [0.9, 0.8, 0.2], [True, True, False], 4, 1, 1), row(3.0, 8, [0.85], [False], 4, 0, 0)]
     summary = summarize({"base": baseline, "other": other}, seed=0)
     base, other = summary["base"], summary["other"]
     assert base["matches"] == 15 and base["pose_found"] == 0.5 and base["ms"]["features"] == pytest.approx(4)
     assert base["auc"]["5"] == pytest.approx((0.5 * 1 / 2 + 0.5 * 4) / 5)
+    assert base["epipolar_error"] == {"mean": 0.1, "median": 0.01}  # of pairs that have matches
+    assert other["epipolar_error"] == {"mean": None, "median": None}
     assert base["against_depth"]["recall"] == other["against_depth"]["baseline_recall"] == 0.25
     assert base["against_depth"]["precision"] == pytest.approx(2 / 3)
     # 2 of 8 are found at score 0.8: two right, one wrong

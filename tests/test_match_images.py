@@ -490,6 +490,8 @@ def test_without_weights_the_command_says_so(scene, tmp_path, capsys, monkeypatc
     (["list.txt", "--image_dir", "none"], "--image_dir: no such folder: none"),
     (["list.txt"], "none of the 2 pairs could be matched; the first reason: image not found: "),
     (["a.png", "a.png", "--weights", "none.pth"], "no checkpoint at none.pth"),
+    (["a.png", "a.png", "--device", "foo"], "unknown device 'foo'"),
+    (["a.png", "a.png", "--device", "cuda:99"], "device cuda:99: there are "),
 ])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
@@ -504,9 +506,19 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_results_do_not_go_to_a_file(scene, tmp_path, capsys):
+    images = [scene / "images" / name for name in NAMES[:2]]
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert command(*images, *RATIO, "--save_path", path) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is a file, not a folder" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("options", [
     ["--K1", "1", "1", "0", "0"], ["--K0", "0", "1", "0", "0"], ["--focal", "nan"], ["--focal", "-3"],
-    ["--focal", "3", "--K0", "1", "1", "0", "0"], ["--resize", "0"], ["--draw_iterations", "--one_shot"],
+    ["--focal", "3", "--K0", "1", "1", "0", "0"], ["--resize", "0"], ["--seed", "-1"],
+    ["--max_keypoints", "0"], ["--max_keypoints", "99999999999"], ["--draw_iterations", "--one_shot"],
     ["--draw_iterations", "--matching_method", "NN_ratio"], ["--matching_method", "none"]])
 def test_options_that_do_not_go(options):
     with pytest.raises(SystemExit) as exit:
@@ -516,6 +528,7 @@ def test_options_that_do_not_go(options):
 
 def test_settings_are_in_the_file(scene, tmp_path):
     images = [scene / "images" / name for name in NAMES[:2]]
-    assert command(*images, *RATIO, "--estimator", "magsac", "--seed", 3, "--save_path", tmp_path) == 0
+    assert command(*images, *RATIO, "--estimator", "magsac", "--seed", 3, "--device", "auto", "--save_path",
+                   tmp_path) == 0
     settings = json.loads(str(load(tmp_path / "a_sub-b.npz")["settings"]))
     assert settings["estimator"] == "magsac" and settings["seed"] == 3 and settings["matching_method"] == "NN_ratio"

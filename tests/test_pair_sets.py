@@ -249,9 +249,21 @@ def test_damaged_hdf5_files_are_named(scene, tmp_path, capsys):
                "--image_dir", str(scene / "images"), "--save_path", str(tmp_path / "out"), "--pictures", "0"]
     assert run(eval_imp.main, command) == 1
     assert "pair 1" in capsys.readouterr().err
+    with h5py.File(path, "a") as file:  # then the pair that is whole is not the first
+        for group in ("desc1", "desc2"):
+            file.move(f"{group}/0", f"{group}/2")
+            del file[f"{group}/1"]
+            file.move(f"{group}/2", f"{group}/1")
+    assert run(eval_imp.main, command) == 1
+    error = capsys.readouterr().err
+    assert "1 pairs skipped" in error and "pair 0 of" in error
     command[5] = "spp"
     assert run(eval_imp.main, command) == 2
     assert "128" in capsys.readouterr().err
+    with h5py.File(path, "a") as file:
+        del file["desc1/1"]
+    assert run(eval_imp.main, command) == 2
+    assert f"{path} holds no descriptors" in capsys.readouterr().err
     with h5py.File(path, "a") as file:
         del file["desc2"]
     assert run(eval_imp.main, command) == 2

@@ -15,12 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from nets import build_matcher
 from tests.tiny_dump import make_consistent, make_tiny_dump
-from tools.checkpoint import load_checkpoint
+from tools.checkpoint import load_checkpoint, save_checkpoint
 from tools.cli import InputError, run
 from tools.files import write_image
-from tools.records import read_record
+from tools.manifest import match_path
+from tools.records import read_record, write_record
+from training import curves, trainer
 from training.config import DEFAULTS, load_train_config
+from training.data import Choice, DumpSource, Samples
 from training.trainer import build, learning_rate, warm_start
+from training.validation import match_pictures
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = {"layers": 4, "max_keypoints": 48, "min_inliers": 8, "max_inliers": 24, "batch_size": 2, "epochs": 1,
@@ -39,6 +43,20 @@ def setup(tmp_path):
 
 def train_with(config, *arguments) -> int:
     return train.main(["--config", str(config), *map(str, arguments)])
+
+
+def damage(dump) -> Path:
+    """Cut a record of a dump short; returns its path."""
+    path = sorted((dump / "keypoints").rglob("*.npy"))[0]
+    path.write_bytes(path.read_bytes()[:1000])
+    return path
+
+
+def spoil(dump) -> None:
+    """Make the descriptors of an image not finite, and with them the loss of every batch that it is in."""
+    path = sorted((dump / "keypoints").rglob("*.npy"))[0]
+    record = read_record(path)
+    write_record(path, {**record, "descriptors": np.full_like(record["descriptors"], np.nan)})
 
 
 def parameters(path) -> dict:
@@ -113,6 +131,35 @@ def test_resumed_equals_never_stopped(setup, tmp_path, network, norm):
         assert_same(one, other)
 
 
+def test_stopped_in_mid_epoch_again_and_again_equals_never_stopped(setup, tmp_path, capsys):
+    damage(tmp_path / "dump")
+    options = ("--its_per_epoch", 4, "--epochs", 2)
+    assert train_with(setup, *options, "--save_path", tmp_path / "whole") == 1
+    listed = capsys.readouterr().err
+    for step in range(1, 9):  # each time the minutes are over after one step
+        train_with(setup, *options, "--max_minutes", 1e-9, "--resume_path", tmp_path / "run")
+        assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == step
+        errors = capsys.readouterr().err
+    whole, resumed = (load_checkpoint(tmp_path / name / "latest.pth") for name in ("whole", "run"))
+    assert_same(whole["model"], resumed["model"])
+    for one, other in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
+        assert_same(one, other)
+    assert scalars(tmp_path / "run")["train/loss"] == scalars(tmp_path / "whole")["train/loss"]
+    # what could not be read is counted from the start
+    assert "1 pairs skipped" in listed and errors == listed
+
+
+def test_checkpoints_of_earlier_versions_are_gone_on_with(setup, tmp_path):
+    train_with(setup)
+    path = tmp_path / "run" / "latest.pth"
+    content = load_checkpoint(path)
+    for name in ("bad", "draw_size", "skipped", "validation_due"):
+        del content[name]
+    torch.save({**content, "version": 1}, path)
+    assert train_with(setup, "--resume_path", tmp_path / "run", "--epochs", 2) == 0
+    assert load_checkpoint(path)["step"] == 4
+
+
 def test_a_run_is_not_overwritten(setup, tmp_path, capsys):
     train_with(setup)
     before = (tmp_path / "run" / "latest.pth").read_bytes()
@@ -149,6 +196,15 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(setup, tmp_path):
     assert_same(parameters(tmp_path / "more" / "latest.pth"), state)
 
 
+def test_a_run_goes_on_without_the_weights_that_it_started_from(setup, tmp_path):
+    torch.save({"model": build({**DEFAULTS, **SMALL}).state_dict()}, tmp_path / "weights.pth")
+    options = ("--weight_path", tmp_path / "weights.pth", "--resume_path", tmp_path / "run")
+    train_with(setup, *options)
+    (tmp_path / "weights.pth").unlink()
+    assert train_with(setup, *options, "--epochs", 2) == 0
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 4
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("--base_path", "nowhere"), "nowhere is no dump"),
     (("--feature", "spp"), "holds sift features"),
@@ -156,10 +212,16 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(setup, tmp_path):
     (("--weight_path", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     (("--resume_path", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     (("--layer", "3"), "did you mean 'layers'"),
-    (("--gpu", "99"), "gpu"),
+    (("--gpu", "99"), "gpu names 99"),
+    (("--gpu", "a"), "gpu ['a']: expected numbers"),
+    (("--lr", "-1"), "lr -1.0: expected at least 0"),
+    (("--lr", "NaN"), "lr nan: expected a finite number"),
+    (("--save_path", "config.json"), "config.json is a file, not a folder"),
+    (("--save_path", "config.json/run"), "config.json is a file, not a folder"),
 ])
 def test_mistakes_end_with_one_line(setup, capsys, monkeypatch, arguments, message):
-    if arguments[0] == "--gpu":
+    monkeypatch.chdir(setup.parent)
+    if arguments == ("--gpu", "99"):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert run(train.main, ["--config", str(setup), *arguments]) == 2
     error = capsys.readouterr().err
@@ -190,7 +252,7 @@ def test_losses_that_are_not_finite_end_the_run(setup, tmp_path):
         train_with(setup, "--weight_path", tmp_path / "nan.pth", "--its_per_epoch", 20)
 
 
-def test_a_few_losses_that_are_not_finite_are_skipped(setup, tmp_path):
+def test_a_few_losses_that_are_not_finite_are_skipped(setup, tmp_path, capsys):
     matcher = build_matcher("imp", descriptor_dim=128, n_layers=4)
     torch.nn.init.constant_(matcher.kenc.encoder[0].bias, float("nan"))
     torch.save({"model": matcher.state_dict()}, tmp_path / "nan.pth")
@@ -198,6 +260,32 @@ def test_a_few_losses_that_are_not_finite_are_skipped(setup, tmp_path):
     saved = load_checkpoint(tmp_path / "run" / "latest.pth")
     assert saved["step"] == 3
     assert torch.equal(saved["model"]["bin_score"], torch.tensor(1.0))
+    assert "epoch 0: step 3, no loss was finite" in capsys.readouterr().out
+
+
+def test_a_step_left_out_leaves_no_trace(setup, tmp_path, capsys):
+    spoil(tmp_path / "dump")
+    assert train_with(setup, "--its_per_epoch", 12, "--norm_fn", "bn") == 0
+    losses = np.array(scalars(tmp_path / "run")["train/loss"])
+    finite = np.isfinite(losses[:, 1])
+    assert 0 < finite.sum() < 12
+    # in running statistics, in the line of the epoch, in the picture
+    assert all(value.isfinite().all() for value in parameters(tmp_path / "run" / "latest.pth").values())
+    assert f"step 12, loss {losses[finite, 1].mean():.4f}, precision" in capsys.readouterr().out
+    drawn = curves.read_curves(tmp_path / "run", {"training": "train/loss"}, 120)
+    np.testing.assert_array_equal(np.transpose(drawn["training"]), losses[finite])
+
+
+def test_what_a_killed_process_left_half_written_is_removed(setup, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = [f".epoch_00009.{number}.tmp.pth" for number in (process.pid, os.getpid(), os.getppid())]
+    for name in (*names, ".hidden", ".tmp"):
+        (folder / name).touch()
+    train_with(setup)
+    assert {path.name for path in folder.glob(".*")} == {names[2], ".hidden", ".tmp"}  # its process still runs
 
 
 def test_time_budget_stops_with_a_checkpoint(setup, tmp_path):
@@ -265,6 +353,24 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_runs_are_compared(setup, tmp_path, capsys):
+    runs = [tmp_path / init for init in ("warm", "published")]
+    for folder in runs:
+        train_with(setup, "--init", folder.name, "--its_per_epoch", 90, "--layers", 1, "--save_path", folder)
+        logged = scalars(folder)
+        for name, (x, y) in curves.read_curves(folder, curves.COMPARED, curves.COMPARED_POINTS).items():
+            values = np.array(logged[curves.COMPARED[name]])[:, 1]
+            assert len(x) == 40 and (x[0], x[-1]) == (2, 89.5)
+            assert (y[0], y[-1]) == pytest.approx((values[:3].mean(), values[-2:].mean()))
+    path = tmp_path / "both.png"
+    assert run(curves.main, [*map(str, runs), "--save_path", str(path)]) == 0
+    assert path.stat().st_size > 10000
+    for arguments, message in (([runs[0], tmp_path, "--save_path", path], f"{tmp_path} holds no log of a run"),
+                               ([runs[0], "--save_path", tmp_path], "name of a .png file")):
+        assert run(curves.main, list(map(str, arguments))) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_shipped_configs_are_read():
@@ -339,6 +445,19 @@ def test_poses_and_pictures_of_validation_pairs(setup, tmp_path):
     assert "no pictures of matches: image not found" in output
 
 
+def test_pictures_are_of_the_pairs_that_samples_are_made_of(setup, tmp_path):
+    dump, grays = tmp_path / "dump", {}
+    for gray, path in enumerate(sorted((dump / "keypoints").rglob("*.npy"))):
+        grays[read_record(path)["image_path"]] = 20 * gray
+        write_image(tmp_path / read_record(path)["image_path"], np.full((480, 640), 20 * gray, np.uint8))
+    samples = Samples([DumpSource(dump)], Choice(48, 8, 24))
+    match_path(dump, *samples.sources[0].draws.draw(0)).write_bytes(b"")  # so another pair takes its place
+    model = build({**DEFAULTS, **SMALL, "init": "warm"}).eval()
+    picture = match_pictures(model, samples, tmp_path, torch.device("cpu"))[0][-480:]
+    assert [np.median(view) for view in (picture[:, :640], picture[:, -640:])] == [
+        grays[path] for path in samples[0]["image_paths"]]
+
+
 def test_pose_errors_of_unmatched_pairs_count_as_infinite(setup, tmp_path):
     (tmp_path / "val.txt").write_text("0002\n")
     (tmp_path / "train.txt").write_text("0000\n")
@@ -347,9 +466,81 @@ def test_pose_errors_of_unmatched_pairs_count_as_infinite(setup, tmp_path):
     assert scalars(tmp_path / "run")["val/auc20"][0][1] == 0
 
 
+@pytest.fixture
+def with_validation(setup, tmp_path):
+    """Options that make a run validate on a dump at tmp_path / "val"."""
+    make_tiny_dump(tmp_path / "val", scenes=("0009",), seed=1)
+    return ("--val_path", tmp_path / "val", "--val_pairs", 4, "--epochs", 2)
+
+
+def test_a_validation_that_cannot_be_read_loses_nothing(setup, with_validation, tmp_path, capsys):
+    assert train_with(setup, *with_validation, "--save_path", tmp_path / "whole") == 0
+    for path in (tmp_path / "val" / "matches").rglob("*.npy"):
+        path.write_bytes(b"")
+    capsys.readouterr()
+    assert run(train.main, ["--config", str(setup), *map(str, with_validation)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: validation: 20 pairs in a row make no sample") and error.count("\n") == 1
+    folder = tmp_path / "run"
+    assert load_checkpoint(folder / "latest.pth")["step"] == 2 and not (folder / "best.pth").exists()
+    # mended, it goes on with the validation that was due
+    make_tiny_dump(tmp_path / "val", scenes=("0009",), seed=1)
+    assert train_with(setup, *with_validation, "--resume_path", folder) == 0
+    assert scalars(folder)["val/loss"] == scalars(tmp_path / "whole")["val/loss"]
+    whole, resumed = (load_checkpoint(tmp_path / name / "latest.pth") for name in ("whole", "run"))
+    assert_same(whole["model"], resumed["model"])
+    assert whole["best"] == resumed["best"] and not resumed["validation_due"]
+
+
+def test_what_validation_cannot_read_is_counted_and_listed(setup, with_validation, tmp_path, capsys):
+    path = damage(tmp_path / "val")
+    assert train_with(setup, *with_validation) == 1
+    error = capsys.readouterr().err
+    assert "1 pairs skipped:" in error and path.name in error
+    times = int(error.split("(")[-1].split(" ")[0])
+    assert times >= 2 and times % 2 == 0  # the same in both epochs
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+@pytest.mark.parametrize("n_written", range(1, 8))
+def test_killed_between_files_no_checkpoint_speaks_of_a_best_that_is_not_there(setup, with_validation, tmp_path,
+                                                                               monkeypatch, n_written):
+    written = []
+
+    def write(path, content):
+        if len(written) == n_written:
+            raise Killed
+        save_checkpoint(path, content)
+        written.append(path.name)
+
+    options = (*with_validation, "--its_per_epoch", 1, "--lr", 0.01)
+    monkeypatch.setattr(trainer, "save_checkpoint", write)
+    with pytest.raises(Killed):
+        train_with(setup, *options)
+    folder = tmp_path / "run"
+    told = [load_checkpoint(path)["best"] for path in folder.glob("*.pth")]
+    assert all(best is None or load_checkpoint(folder / "best.pth")["best"] <= best for best in told)
+    # and nothing is missing after it has gone on
+    monkeypatch.undo()
+    assert train_with(setup, *options, "--resume_path", folder) == 0
+    losses = dict(scalars(folder)["val/loss"])
+    assert load_checkpoint(folder / "best.pth")["best"] == pytest.approx(min(losses.values()), rel=1e-6)
+    assert load_checkpoint(folder / "latest.pth")["best"] == load_checkpoint(folder / "best.pth")["best"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(setup, with_validation, tmp_path):
+    spoil(tmp_path / "val")
+    assert train_with(setup, *with_validation) == 0
+    assert all(np.isnan(loss) for _, loss in scalars(tmp_path / "run")["val/loss"])
+    assert not (tmp_path / "run" / "best.pth").exists()
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["best"] is None
+
+
 def test_damaged_records_are_left_out_counted_and_listed(setup, tmp_path, capsys):
-    path = sorted((tmp_path / "dump" / "keypoints" / "0000").glob("*.npy"))[0]
-    path.write_bytes(path.read_bytes()[:1000])
+    path = damage(tmp_path / "dump")
     assert train_with(setup, "--its_per_epoch", 12, "--workers", 1) == 1
     error = capsys.readouterr().err
     assert "1 pairs skipped:" in error

@@ -4,7 +4,7 @@ import torch
 
 from tests.tiny_dump import make_tiny_dump
 from tools.geometry import colmap_to_opencv_K
-from tools.records import read_record
+from tools.records import read_record, write_record
 from training.data import (
     Choice,
     Draws,
@@ -196,6 +196,40 @@ def test_a_damaged_record_is_replaced_and_told(dump):
     assert told and all(source == str(dump) and path.name in reason for skips in told for source, reason in skips)
     assert all("descriptors0" in sample for sample in samples)
     assert collate(samples[:12])["skipped"] == [skip for sample in samples[:12] for skip in sample["skipped"]]
+
+
+@pytest.mark.parametrize("folder, name, damage, said", [
+    ("matches", "matches", lambda matches: np.full_like(matches, -1), "keypoints that view 0, of 96, does not have"),
+    ("matches", "matches", lambda matches: matches + [0, 96], "keypoints that view 1, of 96, does not have"),
+    ("matches", "matches", lambda matches: matches[:, 0], "its matches are (40,), not (40, 2)"),
+    ("matches", "pose1", None, "it lacks pose1"),
+    ("matches", "pose0", np.zeros_like, "a pose or K has no inverse"),
+    ("keypoints", "scores", None, "it lacks scores"),
+    ("keypoints", "scores", lambda scores: scores[:50], "its scores are (50,), not (96,)"),
+    ("keypoints", "keypoints", lambda keypoints: keypoints[:, :1], "its keypoints are (96, 1), not (96, 2)"),
+    ("keypoints", "descriptors", lambda values: values[:, :64], "its descriptors are (96, 64), not (96, 128)"),
+    ("keypoints", "intrinsics", np.zeros_like, "a pose or K has no inverse"),
+])
+def test_a_record_that_says_something_else_is_damaged(dump, folder, name, damage, said):
+    """It is whole, and would end training with a traceback, or be trained on."""
+    for path in (dump / folder).rglob("*.npy"):
+        record = read_record(path)
+        value = record.pop(name)
+        write_record(path, record if damage is None else {**record, name: damage(value)})
+    failed = make_dataset(dump)[0]["failed"]
+    assert ".npy is damaged" in failed and said in failed
+
+
+def test_a_sample_names_the_images_of_the_pair_that_it_is_made_of(dump):
+    for path in sorted((dump / "matches" / "0000").glob("*.npy"))[1:]:
+        path.write_bytes(b"")
+    dataset = make_dataset(dump)
+    samples = [dataset[k] for k in range(12)]
+    assert any(sample["skipped"] for sample in samples)
+    for sample in samples:
+        pair = read_record(sample["name"])
+        assert sample["image_paths"] == (pair["image_path0"], pair["image_path1"])
+    assert collate(samples)["image_paths"] == [sample["image_paths"] for sample in samples]
 
 
 def test_when_no_pair_can_be_used_it_says_why(dump):

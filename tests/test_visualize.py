@@ -19,6 +19,7 @@ from tools.visualize import (
     error_colors,
     iteration_frames,
     plot_curves,
+    plot_panels,
     score_colors,
     write_gif,
     write_strip,
@@ -96,6 +97,8 @@ def test_curves_are_written_as_a_picture(tmp_path):
     plot_curves(path, {"one": (x, x)}, "x", "y", "title")
     assert (cv2.absdiff(read_image(path, color=True), both).sum(axis=2) > 100).sum() > 300
     assert [item.name for item in path.parent.iterdir()] == ["curves.png"]
+    plot_panels(path, {"y": {"one": (x, x)}, "z": {}}, "x")
+    assert read_image(path).shape == (both.shape[0], 2 * both.shape[1])
 
 
 # the iterations of a pair: two views of 200x150, four keypoints each, of which the last is dropped at the end

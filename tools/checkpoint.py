@@ -18,6 +18,7 @@ from tools.files import atomic_path
 WEIGHTS = Path(__file__).parent.parent / "weights"
 SUPERPOINT = "superpoint_v1.pth"
 DEMO = Path("runs/demo/imp/latest.pth")  # what `make demo` trains
+TOLD = ("ac_fn", "with_sinkhorn", "sinkhorn_iterations", "n_min_tokens")  # by `config`, as weights do not show it
 
 
 def save_checkpoint(path, content: dict) -> None:
@@ -111,8 +112,7 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     config = content.get("config")
     config = config if isinstance(config, dict) else {}
     settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
-    told = ("ac_fn", "with_sinkhorn", "sinkhorn_iterations", "n_min_tokens")
-    settings.update({key: config[key] for key in told if key in config})
+    settings.update({key: config[key] for key in TOLD if key in config})
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
     return matcher.float().eval().to(device)

@@ -1,5 +1,10 @@
 """What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
+import argparse
+import math
 import sys
+
+# OpenCV counts in 32 bits, and is asked for twice as many keypoints where places are to be unique
+MOST_KEYPOINTS = 2 ** 30 - 1
 
 
 class InputError(Exception):
@@ -20,6 +25,30 @@ def run(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def whole_number(least: int, most: int = 2 ** 31 - 1):
+    """An argparse type: a whole number from least to most."""
+    def parse(text: str) -> int:
+        try:
+            if least <= int(text) <= most:
+                return int(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+    return parse
+
+
+def number(least: float, most: float = math.inf):
+    """An argparse type: a finite number from least to most."""
+    def parse(text: str) -> float:
+        try:
+            if least <= float(text) <= most and math.isfinite(float(text)):
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+    return parse
 
 
 def report_skipped(skipped: list, what: str) -> int:

@@ -8,27 +8,28 @@ from pathlib import Path
 
 import torch
 
-from tools.checkpoint import load_checkpoint, save_checkpoint
+from tools.checkpoint import TOLD, load_checkpoint, save_checkpoint
 from tools.cli import InputError, run
 
 
 def export_weights(checkpoint, path, scenes: list[str] | None = None) -> None:
     """Write `model` in float16, `scenes`, `network`, `feature` and `step` of a checkpoint of train.py to `path`.
 
-    scenes: what to say that it was trained on; None: what the checkpoint says. InputError if it is none of train.py's,
-    or if a weight is too large for float16.
+    Of its `config`, what `load_matcher` asks for goes along. scenes: what to say that it was trained on; None: what
+    the checkpoint says. InputError if it is none of train.py's, or if a weight is too large for float16.
     """
     content = load_checkpoint(checkpoint)
-    if not isinstance(content.get("config"), dict) or "step" not in content:
+    config = content.get("config")
+    if not isinstance(config, dict) or "step" not in content:
         raise InputError(f"{checkpoint} was not written by train.py: it does not say how it was trained")
     model = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
     too_large = [name for name, value in model.items() if not torch.isfinite(value).all()]
     if too_large:
         raise InputError(f"{checkpoint}: {too_large[0]} does not fit in half precision")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"model": model, "network": content["config"]["network"],
-                           "feature": content["config"]["feature"], "step": content["step"],
-                           "scenes": content.get("scenes") if scenes is None else scenes})
+    save_checkpoint(path, {"model": model, "network": config["network"], "feature": config["feature"],
+                           "config": {key: config[key] for key in ("network", *TOLD) if key in config},
+                           "step": content["step"], "scenes": content.get("scenes") if scenes is None else scenes})
 
 
 def main(argv=None) -> int:

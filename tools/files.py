@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, and the few formats that every step reads."""
 import contextlib
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -25,6 +27,38 @@ def atomic_path(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_strays(folder) -> None:
+    """Delete what `atomic_path` left in a folder when its process was killed."""
+    for path in Path(folder).glob(".*.tmp*"):
+        pid = re.fullmatch(r"\..+\.(\d+)\.tmp(\.\w+)?", path.name)
+        # in a container, a process that is started again often has the number that it had
+        if pid and (int(pid[1]) == os.getpid() or not _is_running(int(pid[1]))):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
+
+
+def file_hash(path) -> str:
+    """Short SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def check_folder(path) -> None:
+    """InputError if `path` cannot be a folder to write to, because it or a folder above it is a file."""
+    path = Path(path).absolute()
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, not a folder to write to")
 
 
 def write_json(path, content) -> None:

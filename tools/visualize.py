@@ -315,16 +315,22 @@ def write_gif(path, frames: list[np.ndarray], seconds: list[float]) -> None:
 
 def plot_curves(path, curves: dict, xlabel: str, ylabel: str, title: str = "", ylim: tuple | None = None) -> None:
     """Write a PNG of curves {name: (x, y)} with a legend, atomically. ylim: (low, high), or None: all data."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, linewidth=1.5)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
-    axes.margins(x=0)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if curves:
-        axes.legend(frameon=False)
+    plot_panels(path, {ylabel: curves}, xlabel, title, ylim)
+
+
+def plot_panels(path, panels: dict[str, dict], xlabel: str, title: str = "", ylim: tuple | None = None) -> None:
+    """Write a PNG of panels {ylabel: curves} beside each other, curves and ylim as in `plot_curves`, atomically."""
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for place, (ylabel, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        for name, (x, y) in curves.items():
+            axes.plot(x, y, label=name, linewidth=1.5)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
+        axes.margins(x=0)
+        axes.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        if curves:
+            axes.legend(frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

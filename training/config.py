@@ -1,4 +1,6 @@
 """The knobs of training, with what they are when a config does not say."""
+import math
+
 from tools.cli import InputError
 from tools.config import load_config
 
@@ -85,7 +87,8 @@ CHOICES = {
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
          "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
          "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
-         "inlier_th": 0, "eval_epochs": 1, "branch_lr": 0}
+         "inlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "decay_rate": 0, "decay_iter": 0,
+         "max_minutes": 0, "contrast_threshold": 0}
 
 
 def _check_source(entry) -> None:
@@ -106,9 +109,14 @@ def load_train_config(path, arguments: list[str]) -> dict:
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             raise InputError(f"{key} {config[key]!r}: expected one of {', '.join(choices)}")
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} {value}: expected a finite number")
     for key, least in LEAST.items():
         if config[key] < least:
             raise InputError(f"{key} {config[key]}: expected at least {least}")
+    if not all(type(index) is int and index >= -1 for index in config["gpu"]):
+        raise InputError(f"gpu {config['gpu']}: expected numbers of GPUs, or -1 for the CPU")
     if config["min_inliers"] > config["max_inliers"]:
         raise InputError(f"min_inliers {config['min_inliers']} is more than max_inliers {config['max_inliers']}")
     if config["online_views"] < 2 or config["online_views"] % 2:

@@ -14,11 +14,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
 from tools.cli import InputError
+from tools.features import DESCRIPTOR_DIM
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
 from tools.records import read_record
 
 MAX_TRIES = 20  # pairs for one sample
+# Fields that training reads of a dump's records, and their shapes; a letter is a length that is the same for all.
+KEYPOINT_FIELDS = {"keypoints": ("N", 2), "scores": ("N",), "descriptors": ("N", "D"), "image_size": (2,),
+                   "intrinsics": (3, 3)}
+MATCH_FIELDS = {"image_path0": (), "image_path1": (), "matches": ("M", 2), "pose0": (4, 4), "pose1": (4, 4)}
 
 
 @dataclass
@@ -175,6 +180,23 @@ class Draws:
         return self._draw(k // self.size)[k % self.size]
 
 
+def _read_fields(path, fields: dict[str, tuple], **lengths: int) -> dict:
+    """The record at `path`, memory-mapped; InputError if it lacks one of `fields`, or one has another shape.
+
+    lengths: those of letters that are known.
+    """
+    record = read_record(path, mmap=True)
+    for name, sides in fields.items():
+        if name not in record:
+            raise InputError(f"{path} is damaged: it lacks {name}")
+        shape = np.shape(record[name])
+        wanted = tuple(lengths.setdefault(side, n) if isinstance(side, str) else side for side, n in zip(sides, shape))
+        if shape != wanted or len(shape) != len(sides):
+            wanted = tuple(lengths.get(side, side) for side in sides)
+            raise InputError(f"{path} is damaged: its {name} are {shape}, not {wanted}")
+    return record
+
+
 class DumpSource:
     """Pairs of a dump's records."""
 
@@ -195,12 +217,19 @@ class DumpSource:
         """The pair of sample k of the run, its arrays memory-mapped; InputError if a record is damaged."""
         scene, index = self.draws.draw(k, attempt)
         path = match_path(self.path, scene, index)
-        pair = read_record(path, mmap=True)
+        pair = _read_fields(path, MATCH_FIELDS)
         views = []
-        for v in "01":
-            record = read_record(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type), mmap=True)
+        for v, indices in zip("01", pair["matches"].T):
+            record = _read_fields(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type),
+                                  KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[self.feature_type])
+            n = len(record["scores"])
+            if ((indices < 0) | (indices >= n)).any():
+                raise InputError(f"{path} is damaged: its matches name keypoints that view {v}, of {n}, does not have")
             view = {name: record[name] for name in ("keypoints", "scores", "descriptors", "image_size")}
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
+        cameras = np.stack([pair["pose0"], pair["pose1"]]), np.stack([view["K"] for view in views])
+        if not all((np.abs(np.linalg.det(matrices)) > 0).all() for matrices in cameras):
+            raise InputError(f"{path} is damaged, or one of its images' records: a pose or K has no inverse")
         return Pair(str(path), views, pair["matches"], relative_pose(pair["pose0"], pair["pose1"]),
                     (pair["image_path0"], pair["image_path1"]))
 
@@ -208,10 +237,10 @@ class DumpSource:
 class Samples(Dataset):
     """The samples of a run: item k is the k-th, whoever asks for it.
 
-    An item is a dict as from `make_sample`, the pair's `name`, and `skipped`: (source, reason) of the pairs that could
-    not be read, in whose place it stands. Of several sources each is drawn from in proportion to its weight. A pair
-    that the choice refuses is replaced as well. When MAX_TRIES pairs in a row are of no use, the item is {"failed":
-    why}.
+    An item is a dict as from `make_sample`, the pair's `name` and `image_paths`, and `skipped`: (source, reason) of the
+    pairs that could not be read, in whose place it stands. Of several sources each is drawn from in proportion to its
+    weight. A pair that the choice refuses is replaced as well. When MAX_TRIES pairs in a row are of no use, the item is
+    {"failed": why}.
     """
 
     def __init__(self, sources: list, choice: Choice, seed: int = 0, weights=None, group: int = 1):
@@ -248,7 +277,7 @@ class Samples(Dataset):
             reason = self.choice.refuses(pair)
             if not reason:
                 sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
-                return {**sample, "name": pair.name, "skipped": skipped}
+                return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
         return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {reason}"}
 
     def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
@@ -282,14 +311,15 @@ class StepBatches(Sampler):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Items of `Samples` -> a dict of tensors (B, ...), with names [str] and skipped [(source, reason)].
+    """Items of `Samples` -> a dict of tensors (B, ...), with names [str], image_paths and skipped [(source, reason)].
 
     {"failed": why} if there is no sample to be had.
     """
     failed = [sample for sample in samples if "failed" in sample]
     if failed:
         return failed[0]
-    arrays = [{key: value for key, value in sample.items() if key not in ("name", "skipped")} for sample in samples]
+    arrays = [{key: value for key, value in sample.items() if key not in ("name", "image_paths", "skipped")}
+              for sample in samples]
     for name in ("descriptors0", "descriptors1"):
         dtype = np.result_type(*(sample[name] for sample in arrays))
         arrays = [{**sample, name: sample[name].astype(dtype, copy=False)} for sample in arrays]
@@ -297,6 +327,7 @@ def collate(samples: list[dict]) -> dict:
         full = np.ones(len(arrays[0]["scores0"]), bool)
         arrays = [{"mask0": full, "mask1": full, **sample} for sample in arrays]
     return {**default_collate(arrays), "names": [sample["name"] for sample in samples],
+            "image_paths": [sample["image_paths"] for sample in samples],
             "skipped": [entry for sample in samples for entry in sample["skipped"]]}
 
 

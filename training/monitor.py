@@ -70,10 +70,13 @@ class Monitor:
     def end_epoch(self, step: int) -> None:
         """An epoch ends, or is broken off, after `step` steps of the run."""
         self.bar.close()
-        if self.history:
-            loss, precision, recall = np.mean(self.history, axis=0)
+        finite = [values for values in self.history if np.isfinite(values).all()]  # steps left out are not
+        if finite:
+            loss, precision, recall = np.mean(finite, axis=0)
             tqdm.write(f"{self.title}: step {step}, loss {loss:.4f}, precision {precision:.3f}, recall {recall:.3f}, "
                        f"{self._rate():.1f} samples/s")
+        elif self.history:
+            tqdm.write(f"{self.title}: step {step}, no loss was finite")
         self.writer.flush()
 
     def log_validation(self, step: int, numbers: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from tools.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tools.cli import InputError
 from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
-from tools.files import write_json
+from tools.files import check_folder, remove_strays, write_json
 from training.data import StepBatches, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
@@ -105,13 +105,17 @@ class Trainer:
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
+        check_folder(self.folder)
+        latest = self.folder / "latest.pth"
+        # from save_path itself it goes on if there is anything
+        goes_on = config["resume_path"] and (Path(config["resume_path"]) != self.folder or latest.exists())
         self.samples = training_samples(config)
         self.val_samples = validation_samples(config, self.samples.scenes)
         self.epoch_steps = config["its_per_epoch"]
         if self.epoch_steps == -1:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
-        self.model = build(config)
+        self.model = build({**config, "weight_path": None} if goes_on else config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
@@ -121,11 +125,10 @@ class Trainer:
             parameters = parameter_groups(self.model, config["branch_lr"])
         self.optimizer = kind(parameters, lr=config["lr"], fused=job.device.type == "cuda")
         self.step, self.best = 0, None
+        self.validation_due = False  # of the epoch that ended at this step
         self.bad = []  # of this epoch: steps whose loss was not finite, and their pairs
-        self.skipped = Counter()  # (source, reason) of pairs that could not be read
-        latest = self.folder / "latest.pth"
-        begins_there = config["resume_path"] and Path(config["resume_path"]) == self.folder and not latest.exists()
-        if config["resume_path"] and not begins_there:
+        self.skipped = Counter()  # (source, reason) of pairs that could not be read, up to this step
+        if goes_on:
             self.resume(config["resume_path"])
         elif latest.exists():
             raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to go on with it, or "
@@ -152,19 +155,25 @@ class Trainer:
         load_weights(self.model, content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.best = content["step"], content["best"]
-        # version 1 did not have them
+        # versions 1 and 2 did not have all of them
         self.bad, draw_size = content.get("bad", []), content.get("draw_size", self.samples.draw_size)
+        self.validation_due = content.get("validation_due", False)
+        if self.job.is_main:  # they are those of all processes
+            self.skipped = Counter({(source, reason): count for source, reason, count in content.get("skipped", [])})
         if content["scenes"] != self.samples.scenes or draw_size != self.samples.draw_size:
             raise InputError(f"{path} was trained on other scenes or photographs: {len(content['scenes'])} scenes, "
                              f"{draw_size} items a draw; now {len(self.samples.scenes)} and {self.samples.draw_size}")
 
     def save(self, *names: str) -> None:
-        """Write the state under each name in the run's folder; keep the last few epochs' files."""
+        """Write the state under each name in the run's folder, in this order; keep the last few epochs' files."""
+        skipped = sum(self.job.gather(self.skipped), Counter())
         if not self.job.is_main:
             return
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                   "best": self.best, "bad": self.bad, "config": self.config, "scenes": self.samples.scenes,
-                   "draw_size": self.samples.draw_size, "version": 2}
+                   "best": self.best, "validation_due": self.validation_due, "bad": self.bad,
+                   "skipped": [[source, reason, count] for (source, reason), count in skipped.items()],
+                   "config": self.config, "scenes": self.samples.scenes, "draw_size": self.samples.draw_size,
+                   "version": 3}
         for name in names:
             save_checkpoint(self.folder / f"{name}.pth", content)
         epochs = sorted(path for path in self.folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+", path.stem))
@@ -186,11 +195,14 @@ class Trainer:
     def _run(self) -> str:
         config, job = self.config, self.job
         if job.is_main:
+            remove_strays(self.folder)
             write_json(self.folder / "config.json", config)
             self.monitor = Monitor(self.folder, self.step, config["batch_size"])
         last_step = config["epochs"] * self.epoch_steps
         minutes = config["max_minutes"]
         self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        if self.validation_due:
+            self._end_epoch(self.step // self.epoch_steps - 1)
         steps = StepBatches(self.step, last_step, config["batch_size"], job.rank, job.world_size)
         workers = -(-config["workers"] // job.world_size)
         self.batches = iter(make_loader(self.samples, steps, workers, job.device.type == "cuda"))
@@ -213,11 +225,15 @@ class Trainer:
         return "finished"
 
     def _end_epoch(self, epoch: int) -> None:
-        """Validate and save; pairs left out and losses left out are counted anew."""
+        """Validate and save; losses left out are counted anew."""
         self.bad = []
-        names = ["latest", f"epoch_{epoch:05d}"]
-        if self.val_samples is not None and self._validate((epoch + 1) % self.config["eval_epochs"] == 0):
-            names.append("best")
+        names = [f"epoch_{epoch:05d}", "latest"]
+        self.validation_due = self.val_samples is not None
+        if self.validation_due:
+            self.save("latest")  # validation may fail, or be killed: a run that goes on makes up for it
+            if self._validate((epoch + 1) % self.config["eval_epochs"] == 0):
+                names.insert(0, "best")  # before what says how good it is
+            self.validation_due = False
         self.save(*names)
 
     def _autocast(self):
@@ -232,8 +248,7 @@ class Trainer:
             return None
         if "failed" in batch:
             raise InputError(batch["failed"])
-        self.skipped.update(batch["skipped"])
-        return {**to_device(batch, self.job.device), "names": batch["names"]}
+        return {**to_device(batch, self.job.device), "names": batch["names"], "skipped": batch["skipped"]}
 
     def _step(self, batch: dict) -> tuple[dict | None, str]:
         """One step on a batch; returns the next batch, and why to stop, if so."""
@@ -242,7 +257,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("share", 1.0)
         pose_weight = config["pose_weight"] if config["with_pose"] and self.step >= config["pose_start"] else 0.0
-        names = batch.pop("names")
+        names, skipped = batch.pop("names"), batch.pop("skipped")
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -254,7 +270,10 @@ class Trainer:
         bad, interrupted, late = self.job.any([not bool(torch.isfinite(out["loss"]) & torch.isfinite(grad_norm)),
                                                self.stop.is_set(), time.monotonic() > self.deadline])
         self.step += 1
+        self.skipped.update(skipped)
         if bad:
+            for buffer, before in zip(self.model.buffers(), buffers):  # running statistics took part in the step
+                buffer.copy_(before)
             self._skip(batch, names)
         else:
             self.optimizer.step()
@@ -290,9 +309,10 @@ class Trainer:
         config, with_pose = self.config, self.config["do_eval"] and due
         self.model.eval()
         with self._autocast():
-            numbers = validate(self.model, self.val_samples, self.job, config["val_pairs"], config["batch_size"],
-                               with_pose)
-        is_best = self.best is None or numbers["loss"] < self.best
+            numbers, skipped = validate(self.model, self.val_samples, self.job, config["val_pairs"],
+                                        config["batch_size"], with_pose)
+        self.skipped.update(skipped)
+        is_best = numbers["loss"] < (float("inf") if self.best is None else self.best)  # never if it is nan
         if is_best:
             self.best = numbers["loss"]
         if self.monitor:

@@ -7,6 +7,7 @@ import torch
 from eval.metrics import epipolar_error, pose_auc, pose_error
 from eval.pose import estimate_pose
 from nets.losses import targets_from_mask
+from tools.cli import InputError
 from tools.distributed import Job
 from tools.files import read_image
 from tools.visualize import draw_matches
@@ -43,14 +44,26 @@ def _pose_errors(batch: dict, matches0: torch.Tensor) -> list[float]:
     return errors
 
 
+def _read(batch: dict) -> dict:
+    """A batch as from `collate`; InputError if there was none to be had."""
+    if "failed" in batch:
+        raise InputError(f"validation: {batch['failed']}")
+    return batch
+
+
 @torch.no_grad()
-def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int, with_pose: bool) -> dict[str, float]:
+def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int, with_pose: bool
+             ) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """Loss, precision and recall of a matcher in evaluation mode, over all processes of the job; with_pose: also
-    auc5, auc10, auc20 of the pose error."""
+    auc5, auc10, auc20 of the pose error.
+
+    Returns them, and (source, reason) of the pairs that this process could not read. InputError if it could read none.
+    """
     n_batches = max(1, min(n_samples, samples.draw_size) // batch_size)
     batches = StepBatches(0, n_batches, batch_size, job.rank, job.world_size)
-    totals, errors = torch.zeros(4, dtype=torch.float64), []
-    for batch in make_loader(samples, batches, 0, False):
+    totals, errors, skipped = torch.zeros(4, dtype=torch.float64), [], []
+    for batch in map(_read, make_loader(samples, batches, 0, False)):
+        skipped += batch["skipped"]
         tensors = to_device(batch, job.device)
         out = model(tensors)
         truth = targets_from_mask(tensors["matching_mask"]).matches0
@@ -65,7 +78,7 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
         errors = [error for of_process in job.gather(errors) for error in of_process]
         aucs = pose_auc(errors, AUC_THRESHOLDS)
         numbers |= {f"auc{threshold}": auc for threshold, auc in zip(AUC_THRESHOLDS, aucs)}
-    return numbers
+    return numbers, skipped
 
 
 @torch.no_grad()
@@ -74,13 +87,12 @@ def match_pictures(model, samples: Samples, images, device: torch.device) -> lis
 
     images: the folder that image paths of the dump are relative to. InputError if an image is not there.
     """
-    (source,) = samples.sources
     pictures = []
     for k in range(min(N_PICTURES, samples.draw_size)):
-        batch = collate([samples[k]])
+        batch = _read(collate([samples[k]]))
         rows0, rows1 = _matches_of(batch, model(to_device(batch, device))["matches0"], 0)
         x0, x1 = (batch[f"camera_keypoints{v}"][0].numpy()[rows] for v, rows in (("0", rows0), ("1", rows1)))
-        paths = source.pair(k, 0).image_paths
+        (paths,) = batch["image_paths"]
         pictures.append(draw_matches(
             *(read_image(Path(images) / path) for path in paths), batch["keypoints0"][0].numpy()[rows0],
             batch["keypoints1"][0].numpy()[rows1], ["   ".join(paths)],
