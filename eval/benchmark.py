@@ -40,7 +40,7 @@ from tools.files import write_json
 from tools.manifest import claim, keypoint_path, match_path, scene_path
 from tools.records import write_record
 from training.data import Choice, DumpSource, Samples, matching_mask
-from training.trainer import warm_start
+from training.start import warm_start
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCT_SIZE = 4096

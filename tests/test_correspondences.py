@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.correspondences import depth_at, match_by_projection
+from tools.correspondences import depth_at, match_by_projection, unmatched_by_projection
 
 GOLDEN = Path(__file__).parent / "golden" / "correspondences.npz"
 K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])  # COLMAP's convention
@@ -119,3 +119,28 @@ def test_depth_at_floors_and_is_zero_outside():
     depth = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
     keypoints = np.array([[0.9, 0.9], [1.0, 0.0], [2.99, 1.5], [-0.1, 0], [3.0, 0], [0, 2.0]])
     assert depth_at(depth, keypoints).tolist() == [1, 2, 6, 0, 0, 0]
+
+
+def test_unmatched_keypoints_have_depth_and_land_far_from_all_others():
+    keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, pose1 = two_views(300, noise=4.0)
+    keypoints1 = keypoints1[:200]
+    unmatched = unmatched_by_projection(keypoints0, depth0, K0, pose0, keypoints1, K1, pose1, outlier_th=6.0)
+    rays = np.c_[keypoints0 + 0.5, np.ones(300)] @ np.linalg.inv(K).T
+    points = rays * depth0[:, None] @ pose1[:3, :3].T + pose1[:3, 3]
+    landed = points[:, :2] / points[:, 2:] * K[0, 0] + K[:2, 2] - 0.5
+    nearest = np.linalg.norm(landed[:, None] - keypoints1[None], axis=2).min(axis=1)
+    np.testing.assert_array_equal(unmatched, (depth0 > 0) & (nearest > 6.0))
+    assert 30 < unmatched.sum() < 150
+    # true matches lie closer, whatever is within 6 px without being one is neither
+    matched = match_by_projection(keypoints0, depth0, K0, pose0, keypoints1, depth1[:200], K1, pose1, 3.0)[:, 0]
+    assert not unmatched[matched].any()
+    assert len(matched) + unmatched.sum() < (depth0 > 0).sum() - 20
+
+
+def test_what_lands_behind_the_other_camera_is_unmatched():
+    keypoints = np.array([[320.0, 240.0], [300.0, 200.0]])
+    unmatched = unmatched_by_projection(keypoints, np.array([1.0, 9.0]), K, camera(), keypoints[:1], K, camera(z=5.0),
+                                        outlier_th=1e6)
+    assert unmatched.tolist() == [True, False]
+    assert unmatched_by_projection(keypoints, np.array([1.0, 0.0]), K, camera(), keypoints[:0], K, camera(),
+                                   outlier_th=6.0).tolist() == [True, False]

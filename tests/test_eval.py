@@ -33,7 +33,7 @@ from tools.features import Features, Sift
 from tools.files import read_image
 from tools.geometry import make_pose
 from tools.pair_list import Pair, write_pair_list
-from training.trainer import warm_start
+from training.start import warm_start
 
 MAGSAC = PoseSetting("magsac", 1.0)
 

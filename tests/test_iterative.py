@@ -10,7 +10,7 @@ from eval.iterative import is_read, match_iteratively
 from eval.matchers import Network
 from eval.methods import Method
 from nets import build_matcher
-from training.trainer import warm_start
+from training.start import warm_start
 
 N = 40  # keypoints of a view in the scripted network
 DATA = {"descriptors0": torch.zeros(1, N, 4), "descriptors1": torch.zeros(1, N, 4)}

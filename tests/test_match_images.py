@@ -20,7 +20,7 @@ from tools.exif import EXIF_IFD
 from tools.files import read_image, write_image
 from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
 from tools.pair_list import Pair, write_pair_list
-from training.trainer import warm_start
+from training.start import warm_start
 
 KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
         "scores0", "scores1", "matches", "matching_scores", "K0", "K1", "K_source0", "K_source1", "R", "t", "inliers",

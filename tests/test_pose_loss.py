@@ -11,7 +11,7 @@ from nets.losses import Targets, epipolar_distance, pose_consistency_loss
 from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
 from training.config import load_train_config
-from training.trainer import warm_start
+from training.start import warm_start
 
 
 def uniform(*shape, seed=1):

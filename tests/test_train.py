@@ -23,7 +23,7 @@ from tools.records import read_record, write_record
 from training import curves, trainer
 from training.config import DEFAULTS, load_train_config
 from training.data import Choice, DumpSource, Samples
-from training.trainer import build, learning_rate, warm_start
+from training.trainer import build, learning_rate
 from training.validation import match_pictures
 
 REPOSITORY = Path(__file__).parent.parent
@@ -291,35 +291,6 @@ def test_what_a_killed_process_left_half_written_is_removed(setup, tmp_path):
 def test_time_budget_stops_with_a_checkpoint(setup, tmp_path):
     assert train_with(setup, "--epochs", 10000, "--max_minutes", 0.02) == 0
     assert 0 < load_checkpoint(tmp_path / "run" / "latest.pth")["step"] < 20000
-
-
-def test_warm_start_is_a_nearest_neighbour_matcher():
-    rng = torch.Generator().manual_seed(0)
-    descriptors0 = torch.nn.functional.normalize(torch.randn(1, 80, 128, generator=rng).abs(), dim=-1)
-    noise = torch.randn(1, 80, 128, generator=rng) * 0.03
-    descriptors1 = torch.nn.functional.normalize(descriptors0 + noise, dim=-1).flip(1)
-    data = {"descriptors0": descriptors0, "descriptors1": descriptors1}
-    for v in "01":
-        data[f"norm_keypoints{v}"] = torch.rand(1, 80, 2, generator=rng) - 0.5
-        data[f"scores{v}"] = torch.rand(1, 80, generator=rng)
-    config = {**DEFAULTS, "layers": 9}
-    right = {}
-    for init in ("published", "warm"):
-        matcher = build({**config, "init": init}).eval()
-        with torch.no_grad():
-            matches0 = matcher(data)["matches0"]
-        right[init] = (matches0 == torch.arange(79, -1, -1)).float().mean().item()
-    assert right["warm"] > 0.95
-    assert right["published"] < 0.5
-
-
-def test_warm_start_gain():
-    for dim in (128, 256):
-        matcher = build_matcher("imp", descriptor_dim=dim, n_layers=1)
-        warm_start(matcher)
-        gain = matcher.final_proj[0].weight[0, 0, 0].item()
-        assert gain ** 2 / dim ** 0.5 == pytest.approx(39, rel=1e-5)
-    assert matcher.bin_score.item() == 30
 
 
 def start(setup, *arguments):

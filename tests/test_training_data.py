@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_dump import make_tiny_dump
+from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.geometry import colmap_to_opencv_K
 from tools.records import read_record, write_record
 from training.data import (
     Choice,
     Draws,
     DumpSource,
+    Labels,
     Samples,
     StepBatches,
     choose_keypoints,
@@ -69,6 +70,40 @@ def test_both_sides_are_shuffled():
 def test_matching_mask():
     mask = matching_mask(np.array([1, -1, 0]), 3, 3)
     assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_what_is_neither_matched_nor_unmatched_is_left_out():
+    matches = np.stack([np.arange(40), np.arange(40)], axis=1)
+    unmatched = np.arange(90) >= 50, np.arange(80) >= 60
+    rows0, rows1, target = choose_keypoints(matches, 90, 80, Choice(60, 5, 30), np.random.default_rng(0), unmatched)
+    n = np.sum(target >= 0)
+    assert n == 40  # 20 unmatched keypoints of view 1 leave 40 places
+    assert set(rows0) < {*range(40), *range(50, 90)} and set(rows1) == {*range(40), *range(60, 80)}
+    assert len(rows0) == len(rows1) == 60
+
+
+def test_labels_of_a_dump_by_distance(dump):
+    """What is between a true match and none, or has no depth, is neither."""
+    make_consistent(dump)
+    source = DumpSource(dump, ["0000"])
+    shared0, shared1 = source.pair(0, 0).matches.T
+    assert source.pair(0, 0).unmatched is None
+    name = source.pair(0, 0).image_paths[0].split("/")[-1]
+    path = dump / "keypoints" / "0000" / f"{name}_sift.npy"
+    record = read_record(path)
+    keypoints, depth = record["keypoints"].copy(), record["depth"].copy()
+    keypoints[shared0[:5]] += [4, 0]
+    depth[shared0[5:8]] = 0
+    keypoints[shared0[8:12]] += [60, 0]
+    write_record(path, {**record, "keypoints": keypoints, "depth": depth})
+    pair = DumpSource(dump, ["0000"], labels=Labels(3.0, 6.0)).pair(0, 0)
+    matches = {tuple(match) for match in pair.matches.tolist()}
+    shared = list(zip(shared0.tolist(), shared1.tolist()))
+    assert not matches & set(shared[:12])
+    assert set(shared[12:]) <= matches
+    assert not pair.unmatched[0][shared0[:8]].any() and not pair.unmatched[0][pair.matches[:, 0]].any()
+    assert not pair.unmatched[1][shared1[:5]].any() and not pair.unmatched[1][pair.matches[:, 1]].any()
+    assert pair.unmatched[0][shared0[8:12]].sum() >= 3  # unless others happen to be where they land now
 
 
 def test_padding_has_no_place_in_the_matching_mask():

@@ -41,7 +41,7 @@ def make_tiny_dump(path, scenes=("0000", "0001"), pairs=6, images=4, n_keypoints
 
 
 def make_consistent(dump) -> None:
-    """Let the keypoints of a tiny dump's true matches be where its poses see them."""
+    """Let the keypoints of a tiny dump's true matches be where its poses see them, and as far away."""
     rng = np.random.default_rng(0)
     for folder in sorted((dump / "matches").iterdir()):
         pairs = [read_record(path) for path in sorted(folder.glob("*.npy"))]
@@ -53,6 +53,8 @@ def make_consistent(dump) -> None:
         for path in (dump / "keypoints" / folder.name).glob("*.npy"):
             record = read_record(path)
             if record["image_path"] in places:
-                keypoints = record["keypoints"].copy()
-                keypoints[places[record["image_path"]]] = project(points, K, record["pose"])[0] - 0.5
-                write_record(path, {**record, "keypoints": keypoints})
+                rows = places[record["image_path"]]
+                keypoints, depth = record["keypoints"].copy(), record["depth"].copy()
+                pixels, depth[rows] = project(points, K, record["pose"])
+                keypoints[rows] = pixels - 0.5
+                write_record(path, {**record, "keypoints": keypoints, "depth": depth})

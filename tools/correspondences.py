@@ -53,3 +53,21 @@ def match_by_projection(keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, p
     _, first = np.unique(index1[order], return_index=True)
     winners = np.sort(order[first])
     return np.stack([known0[index0[winners]], known1[index1[winners]]], axis=1).astype(np.int32)
+
+
+def unmatched_by_projection(keypoints0, depth0, K0, pose0, keypoints1, K1, pose1, outlier_th: float) -> np.ndarray:
+    """Which keypoints of view 0 have no true match in view 1 for certain, (N0,) bool.
+
+    Those with depth that land further than outlier_th pixels from every keypoint of view 1, or behind its camera.
+    Arguments as those of `match_by_projection`.
+    """
+    unmatched = np.asarray(depth0) > 0
+    known = np.flatnonzero(unmatched)
+    landed = reproject(np.asarray(keypoints0, np.float64)[known], np.asarray(depth0, np.float64)[known], K0, pose0, K1,
+                       pose1)
+    visible = np.isfinite(landed).all(axis=1)
+    if len(keypoints1):
+        distance, _ = cKDTree(np.asarray(keypoints1, np.float64)).query(
+            landed[visible], distance_upper_bound=np.nextafter(outlier_th, np.inf))
+        unmatched[known[visible]] = distance > outlier_th
+    return unmatched

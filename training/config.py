@@ -31,6 +31,10 @@ DEFAULTS = {
     "contrast_threshold": 0.005,  # of sift
     "unique_locations": True,  # sift: one keypoint per place
     "inlier_th": 3.0,  # pixels between a keypoint and where its true match should be, at most
+    # Keypoints count as unmatched if nothing lies so close to where their match should be, in pixels, and those in
+    # between or without depth are left out, those of dumps too. 0: all that have no true match count, and a dump is
+    # taken as it is.
+    "outlier_th": 0.0,
     # network
     "network": "imp",  # gm, imp (or dgnns), eimp (or adagmn)
     "layers": 15,  # iterations
@@ -40,7 +44,7 @@ DEFAULTS = {
     "sinkhorn_iterations": 20,
     "match_threshold": 0.2,
     "n_min_tokens": 256,  # views with no more keypoints are not pooled (eimp)
-    "init": "published",  # warm: start as a nearest-neighbour matcher
+    "init": "published",  # warm: start as a nearest-neighbour matcher; guided: as one that its neighbours guide
     "weight_path": None,  # checkpoint whose weights to start from
     # schedule
     "optim": "adam",  # adam, adamw
@@ -80,15 +84,15 @@ CHOICES = {
     "network": ("gm", "imp", "dgnns", "eimp", "adagmn"),
     "norm_fn": ("in", "bn"),
     "ac_fn": ("relu", "gelu", "lrelu"),
-    "init": ("published", "warm"),
+    "init": ("published", "warm", "guided"),
     "optim": ("adam", "adamw"),
     "precision": ("float32", "bfloat16"),
 }
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
          "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
          "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
-         "inlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "decay_rate": 0, "decay_iter": 0,
-         "max_minutes": 0, "contrast_threshold": 0}
+         "inlier_th": 0, "outlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "decay_rate": 0,
+         "decay_iter": 0, "max_minutes": 0, "contrast_threshold": 0}
 
 
 def _check_source(entry) -> None:
@@ -119,6 +123,11 @@ def load_train_config(path, arguments: list[str]) -> dict:
         raise InputError(f"gpu {config['gpu']}: expected numbers of GPUs, or -1 for the CPU")
     if config["min_inliers"] > config["max_inliers"]:
         raise InputError(f"min_inliers {config['min_inliers']} is more than max_inliers {config['max_inliers']}")
+    if 0 < config["outlier_th"] < config["inlier_th"]:
+        raise InputError(f"outlier_th {config['outlier_th']} is less than inlier_th {config['inlier_th']}: expected at "
+                         "least that, or 0")
+    if config["init"] == "guided" and (config["norm_fn"], config["ac_fn"]) != ("in", "relu"):
+        raise InputError(f"init guided is for norm_fn in and ac_fn relu, not {config['norm_fn']} and {config['ac_fn']}")
     if config["online_views"] < 2 or config["online_views"] % 2:
         raise InputError(f"online_views {config['online_views']}: expected an even number")
     for entry in config["online_sources"]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
 from tools.cli import InputError
+from tools.correspondences import match_by_projection, unmatched_by_projection
 from tools.features import DESCRIPTOR_DIM
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
@@ -22,7 +23,7 @@ from tools.records import read_record
 MAX_TRIES = 20  # pairs for one sample
 # Fields that training reads of a dump's records, and their shapes; a letter is a length that is the same for all.
 KEYPOINT_FIELDS = {"keypoints": ("N", 2), "scores": ("N",), "descriptors": ("N", "D"), "image_size": (2,),
-                   "intrinsics": (3, 3)}
+                   "intrinsics": (3, 3), "depth": ("N",)}
 MATCH_FIELDS = {"image_path0": (), "image_path1": (), "matches": ("M", 2), "pose0": (4, 4), "pose1": (4, 4)}
 
 
@@ -32,7 +33,8 @@ class Pair:
 
     name: what messages call it; views: dicts of keypoints (N, 2) pixels, scores (N,), descriptors (N, D), image_size
     (w, h), K (3, 3) in OpenCV's pixel convention; matches (M, 2): the true ones; T_0to1 (4, 4), or None where there is
-    no pose; image_paths: of both, relative to where the images are.
+    no pose; image_paths: of both, relative to where the images are; unmatched: of each view, which keypoints (N,) bool
+    have no true match for certain, or None: all that are in none of `matches`.
     """
 
     name: str
@@ -40,6 +42,28 @@ class Pair:
     matches: np.ndarray
     T_0to1: np.ndarray | None
     image_paths: tuple[str, str]
+    unmatched: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How keypoints with depth are labelled, in pixels.
+
+    A true match lies within inlier_th of where it should be (SPEC 4); a keypoint is unmatched if nothing lies within
+    outlier_th, and what is between, or has no depth, is left out of samples. outlier_th 0: all else is unmatched.
+    """
+
+    inlier_th: float = 3.0
+    outlier_th: float = 0.0
+
+    def of(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """matches and unmatched as in `Pair`, of two views; a camera: keypoints, depth (N,), K (COLMAP's), pose."""
+        matches = match_by_projection(*camera0, *camera1, self.inlier_th)
+        if not self.outlier_th:
+            return matches, None
+        # the depth of the other view says nothing
+        return matches, tuple(unmatched_by_projection(*camera, other[0], *other[2:], self.outlier_th)
+                              for camera, other in ((camera0, camera1), (camera1, camera0)))
 
 
 @dataclass(frozen=True)
@@ -66,17 +90,18 @@ class Choice:
         return ""
 
 
-def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice,
-                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice, rng: np.random.Generator,
+                     unmatched=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which keypoints of two views make a sample, and where its true matches are.
 
-    matches (M, 2): true matches of views with n0 and n1 keypoints. A number of them drawn from min_inliers ..
-    max_inliers (max_inliers itself without random_inliers; at most M, at least what the unmatched keypoints leave to
-    fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,), chosen1 (N1,), of
-    max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's match, or -1.
+    matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of them drawn from
+    min_inliers .. max_inliers (max_inliers itself without random_inliers; at most M, at least what the unmatched
+    keypoints leave to fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,),
+    chosen1 (N1,), of max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's
+    match, or -1.
     """
-    free0 = np.setdiff1d(np.arange(n0), matches[:, 0], assume_unique=True)
-    free1 = np.setdiff1d(np.arange(n1), matches[:, 1], assume_unique=True)
+    candidates = (np.arange(n0), np.arange(n1)) if unmatched is None else map(np.flatnonzero, unmatched)
+    free0, free1 = (np.setdiff1d(rows, own, assume_unique=True) for rows, own in zip(candidates, matches.T))
     wanted = choice.max_inliers
     if choice.random_inliers:
         wanted = int(rng.integers(choice.min_inliers, choice.max_inliers, endpoint=True))
@@ -202,8 +227,11 @@ class DumpSource:
 
     pairs_per_item = 1  # of what is drawn
 
-    def __init__(self, dump_path, scenes=None, pairs_per_scene: int = 80, seed: int = 0):
-        """scenes: ids; None: all. Raises InputError if the dump has no pairs."""
+    def __init__(self, dump_path, scenes=None, pairs_per_scene: int = 80, seed: int = 0, labels: Labels | None = None):
+        """scenes: ids; None: all. labels: None takes the dump's matches, and all other keypoints as unmatched (SPEC 6).
+
+        Raises InputError if the dump has no pairs.
+        """
         dump = load_dump(dump_path, scenes)
         self.name = str(dump_path)
         self.path = dump_path
@@ -211,6 +239,7 @@ class DumpSource:
         self.incomplete = dump["incomplete"]
         self.min_keypoints = dump["settings"]["min_keypoints"]  # that its images have at least
         self.scenes = list(dump["scenes"])
+        self.labels = labels
         self.draws = Draws(dump["scenes"], pairs_per_scene, seed)
 
     def pair(self, k: int, attempt: int) -> Pair:
@@ -218,7 +247,7 @@ class DumpSource:
         scene, index = self.draws.draw(k, attempt)
         path = match_path(self.path, scene, index)
         pair = _read_fields(path, MATCH_FIELDS)
-        views = []
+        views, cameras = [], []
         for v, indices in zip("01", pair["matches"].T):
             record = _read_fields(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type),
                                   KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[self.feature_type])
@@ -227,11 +256,12 @@ class DumpSource:
                 raise InputError(f"{path} is damaged: its matches name keypoints that view {v}, of {n}, does not have")
             view = {name: record[name] for name in ("keypoints", "scores", "descriptors", "image_size")}
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
-        cameras = np.stack([pair["pose0"], pair["pose1"]]), np.stack([view["K"] for view in views])
-        if not all((np.abs(np.linalg.det(matrices)) > 0).all() for matrices in cameras):
+            cameras.append((record["keypoints"], record["depth"], record["intrinsics"], pair[f"pose{v}"]))
+        if not all(abs(np.linalg.det(matrix)) > 0 for camera in cameras for matrix in camera[2:]):
             raise InputError(f"{path} is damaged, or one of its images' records: a pose or K has no inverse")
-        return Pair(str(path), views, pair["matches"], relative_pose(pair["pose0"], pair["pose1"]),
-                    (pair["image_path0"], pair["image_path1"]))
+        matches, unmatched = self.labels.of(*cameras) if self.labels else (pair["matches"], None)
+        return Pair(str(path), views, matches, relative_pose(pair["pose0"], pair["pose1"]),
+                    (pair["image_path0"], pair["image_path1"]), unmatched)
 
 
 class Samples(Dataset):
@@ -282,7 +312,7 @@ class Samples(Dataset):
 
     def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
         *chosen, target = choose_keypoints(pair.matches, *(len(view["scores"]) for view in pair.views), self.choice,
-                                           rng)
+                                           rng, pair.unmatched)
         views = [{**view, **{name: view[name][rows] for name in ("keypoints", "scores", "descriptors")}}
                  for view, rows in zip(pair.views, chosen)]
         return make_sample(views, target, pair.T_0to1, self.choice.max_keypoints)

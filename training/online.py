@@ -6,7 +6,7 @@ not matter who makes it.
 """
 import functools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from tools.cli import InputError
-from tools.correspondences import depth_at, match_by_projection
+from tools.correspondences import depth_at
 from tools.features import build_extractor
 from tools.files import read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
 from tools.scene_info import candidate_pairs, check_scene_info, list_scenes, load_scene_info
-from training.data import Draws, Pair
+from training.data import Draws, Labels, Pair
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -34,8 +34,7 @@ class ViewSettings:
 
     feature_type: sift or spp; extractor: its keyword arguments, as (name, value) pairs; unique_locations: of keypoints
     in the same place only the first is used; side: the longer side of a view, pixels; views: how many of a photograph
-    or pair of images, an even number; inlier_th: how far a keypoint may lie from where its true match should be, in
-    pixels of a view (SPEC 4).
+    or pair of images, an even number; labels: in pixels of a view.
     """
 
     feature_type: str
@@ -43,7 +42,7 @@ class ViewSettings:
     unique_locations: bool = True
     side: int = 640
     views: int = 4
-    inlier_th: float = 3.0
+    labels: Labels = field(default_factory=Labels)
 
     @property
     def pairs(self) -> int:
@@ -104,10 +103,11 @@ def _make_pair(source, k: int, attempt: int) -> Pair:
     views = [_view(source, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
     # true matches by projection, from keypoints, depth, K and pose (SPEC 4)
     cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
-    matches = match_by_projection(*cameras[0], *cameras[1], settings.inlier_th)
+    matches, unmatched = settings.labels.of(*cameras)
     paths = tuple(view["image_path"] for view in views)
     pose = relative_pose(views[0]["pose"], views[1]["pose"]) if source.has_pose else None
-    return Pair(f"{source.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths)
+    return Pair(f"{source.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths,
+                unmatched)
 
 
 class PhotoSource:

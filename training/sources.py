@@ -4,7 +4,7 @@ from pathlib import Path
 from tools.cli import InputError
 from tools.files import read_lines
 from tools.manifest import manifest_path
-from training.data import Choice, DumpSource, Samples
+from training.data import Choice, DumpSource, Labels, Samples
 from training.online import PhotoSource, SceneSource, ViewSettings
 
 MIN_MATCHES = 21  # true ones, of a pair made on the fly (SPEC 4)
@@ -15,8 +15,9 @@ def _read_scenes(path) -> list[str] | None:
     return read_lines(path) if path else None
 
 
-def _open_dump(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int) -> DumpSource:
-    source = DumpSource(path, _read_scenes(scene_list_fn), pairs_per_scene, seed)
+def _open_dump(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int,
+               labels: Labels | None = None) -> DumpSource:
+    source = DumpSource(path, _read_scenes(scene_list_fn), pairs_per_scene, seed, labels)
     if source.feature_type != config["feature"]:
         raise InputError(f"{path} holds {source.feature_type} features, the config says feature {config['feature']}")
     return source
@@ -36,8 +37,9 @@ def online_samples(config: dict) -> Samples:
     """Samples made on the fly from photographs and MegaDepth's layout, mixed with those of dumps."""
     extractor = {"max_keypoints": config["extract_keypoints"]}
     extractor |= {"contrast_threshold": config["contrast_threshold"]} if config["feature"] == "sift" else SPP_SETTINGS
+    labels = Labels(config["inlier_th"], config["outlier_th"])
     settings = ViewSettings(config["feature"], tuple(extractor.items()), config["unique_locations"],
-                            config["view_size"], config["online_views"], config["inlier_th"])
+                            config["view_size"], config["online_views"], labels)
     entries = config["online_sources"] or [{"path": config["base_path"], "scene_list_fn": config["scene_list_fn"]}]
     sources, seed, per_scene = [], config["seed"], config["pairs_per_scene"]
     for entry in entries:
@@ -45,7 +47,8 @@ def online_samples(config: dict) -> Samples:
         if not path.is_dir():
             raise InputError(f"{path} is not a folder: online training takes photographs, MegaDepth's layout or a dump")
         if manifest_path(path).is_file():
-            sources.append(_open_dump(config, path, scene_list_fn, per_scene, seed))
+            sources.append(_open_dump(config, path, scene_list_fn, per_scene, seed,
+                                      labels if labels.outlier_th else None))
         elif (path / "scene_info").is_dir():
             sources.append(SceneSource(path, _read_scenes(scene_list_fn), per_scene, settings, seed))
         else:

@@ -16,16 +16,15 @@ from tools.cli import InputError
 from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
 from tools.files import check_folder, remove_strays, write_json
-from training.data import StepBatches, make_loader
+from training.data import Samples, StepBatches, collate, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
+from training.start import branch_ends, guided_start, warm_start
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
 NAMED_PAIRS = 5  # in the message that ends such a run
-WARM_LOGIT_SCALE = 39.0  # of a perfect match; 21 * 21 / sqrt(128)
-WARM_RESIDUAL = 0.02
-WARM_BIN_SCORE = 30.0
+START_SAMPLES = 16  # whose descriptors a guided start looks at
 # what may differ when a run goes on: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
@@ -34,28 +33,9 @@ SCALARS = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "ac
            "total_acc_incorr", "total_matches")
 
 
-def _branch_ends(matcher) -> list:
-    """The last layers of the residual branches and of the keypoint encoder."""
-    return [branch[-1] for branch in [*(layer.mlp for layer in matcher.gnn.layers), matcher.kenc.encoder]]
-
-
-@torch.no_grad()
-def warm_start(matcher) -> None:
-    """Make an untrained matcher a nearest-neighbour matcher (SPEC 10), in place."""
-    dim = matcher.final_proj[0].weight.shape[0]
-    gain = (WARM_LOGIT_SCALE * dim ** 0.5) ** 0.5
-    for proj in matcher.final_proj:
-        proj.weight.copy_(gain * torch.eye(dim).unsqueeze(-1))
-        proj.bias.zero_()
-    for end in _branch_ends(matcher):
-        end.weight.mul_(WARM_RESIDUAL)
-        end.bias.mul_(WARM_RESIDUAL)
-    matcher.bin_score.fill_(WARM_BIN_SCORE)
-
-
 def parameter_groups(matcher, branch_lr: float) -> list[dict]:
     """What an optimiser takes: the last layers of residual branches and of the encoder learn at branch_lr times lr."""
-    last = [parameter for end in _branch_ends(matcher) for parameter in end.parameters()]
+    last = [parameter for end in branch_ends(matcher) for parameter in end.parameters()]
     of_last = set(map(id, last))
     return [{"params": [parameter for parameter in matcher.parameters() if id(parameter) not in of_last], "share": 1.0},
             {"params": last, "share": branch_lr}]
@@ -68,17 +48,28 @@ def learning_rate(config: dict, step: int) -> float:
     return max(config["lr"] * config["decay_rate"] ** max(0, step - config["decay_iter"]), config["min_lr"])
 
 
-def build(config: dict):
-    """The matcher of a configuration, initialised from its seed."""
+def _some_descriptors(samples: Samples) -> torch.Tensor:
+    """Descriptors (N, D) of view 0 of the first samples of a run."""
+    batch = collate([samples[k] for k in range(START_SAMPLES)])
+    if "failed" in batch:
+        raise InputError(batch["failed"])
+    real = batch.get("mask0", torch.ones_like(batch["scores0"], dtype=torch.bool))
+    return batch["descriptors0"][real].float()
+
+
+def build(config: dict, samples: Samples | None = None):
+    """The matcher of a configuration, initialised from its seed; samples: of the run, for a guided start."""
     torch.manual_seed(config["seed"])
     matcher = build_matcher(config["network"], descriptor_dim=DESCRIPTOR_DIM[config["feature"]],
                             n_layers=config["layers"], norm_fn=config["norm_fn"], ac_fn=config["ac_fn"],
                             with_sinkhorn=config["with_sinkhorn"], sinkhorn_iterations=config["sinkhorn_iterations"],
                             match_threshold=config["match_threshold"], n_min_tokens=config["n_min_tokens"])
-    if config["init"] == "warm":
-        warm_start(matcher)
     if config["weight_path"]:
         load_weights(matcher, load_checkpoint(config["weight_path"])["model"], config["weight_path"])
+    elif config["init"] == "warm":
+        warm_start(matcher)
+    elif config["init"] == "guided":
+        guided_start(matcher, _some_descriptors(samples), config["seed"])
     return matcher
 
 
@@ -115,7 +106,8 @@ class Trainer:
         if self.epoch_steps == -1:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
-        self.model = build({**config, "weight_path": None} if goes_on else config)
+        # the weights of a run that goes on are in its checkpoint
+        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config, self.samples)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
