@@ -96,6 +96,18 @@ def test_last_layers_of_branches_learn_at_their_share(setup):
                             "--resume_path", str(setup.parent / "run")]) == 2
 
 
+def test_gradient_is_clipped(setup, tmp_path):
+    def mean_gradient(name: str, *arguments) -> float:
+        """Norm of Adam's running mean after one step: a tenth of the gradient that it was given."""
+        train_with(setup, "--its_per_epoch", 1, "--save_path", tmp_path / name, *arguments)
+        state = load_checkpoint(tmp_path / name / "latest.pth")["optimizer"]["state"]
+        return torch.cat([values["exp_avg"].flatten() for values in state.values()]).norm().item()
+
+    own = mean_gradient("own")
+    assert mean_gradient("clipped", "--clip_grad", own) == pytest.approx(0.1 * own, rel=1e-3)  # own is a tenth of it
+    assert mean_gradient("below", "--clip_grad", 20 * own) == own
+
+
 @pytest.mark.parametrize("network", ["imp", "eimp"])
 def test_loss_falls_and_a_run_leaves_what_it_should(setup, tmp_path, network):
     (tmp_path / "train.txt").write_text("0000\n0001\n")

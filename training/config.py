@@ -54,6 +54,9 @@ DEFAULTS = {
     # small; with all of lr, above 1e-4, Adam's steps are as large as a descriptor and undo it.
     "branch_lr": 1.0,
     "warmup_its": 0,  # steps over which lr rises from 0: Adam's first steps are all of full size, and undo a warm init
+    # Norm of the gradient at most; 0: as it is. With small batches one pair in a hundred has a gradient ten times the
+    # others', and Adam then takes ten large steps its way.
+    "clip_grad": 0.0,
     "decay_rate": 0.999992,
     "decay_iter": 200000,
     "batch_size": 16,  # over all processes
@@ -91,8 +94,8 @@ CHOICES = {
 LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
          "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
          "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
-         "inlier_th": 0, "outlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "decay_rate": 0,
-         "decay_iter": 0, "max_minutes": 0, "contrast_threshold": 0}
+         "inlier_th": 0, "outlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "clip_grad": 0,
+         "decay_rate": 0, "decay_iter": 0, "max_minutes": 0, "contrast_threshold": 0}
 
 
 def _check_source(entry) -> None:

@@ -268,6 +268,8 @@ class Trainer:
                 buffer.copy_(before)
             self._skip(batch, names)
         else:
+            if config["clip_grad"]:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config["clip_grad"], grad_norm)
             self.optimizer.step()
         self._log(out, {"lr": lr, "grad_norm": grad_norm.item()}, waited)
         return following, "stopped" if interrupted else "time is up" if late else ""
