@@ -82,7 +82,8 @@ def look_alikes(seed: int):
 
 
 @pytest.mark.parametrize("network", ["gm", "eimp"])
-def test_a_guided_start_tells_look_alikes_apart_by_their_neighbours(network):
+def test_a_guided_start_tells_look_alikes_apart_by_their_neighbours(network, monkeypatch):
+    monkeypatch.setattr(start, "FIT_STEPS", 200)
     data, true0 = look_alikes(1)
     right = {}
     for init in ("warm", "guided"):
@@ -91,18 +92,19 @@ def test_a_guided_start_tells_look_alikes_apart_by_their_neighbours(network):
         if init == "warm":
             warm_start(matcher)
         else:
-            guided_start(matcher, look_alikes(2)[0]["descriptors0"][0], seed=0, fit_steps=200)
+            guided_start(matcher, look_alikes(2)[0]["descriptors0"][0], seed=0)
         matches0, _ = matcher.eval().match_all_iterations(data, threshold=0.0)
         right[init] = [(matches[0] == true0).float().mean().item() for matches in matches0]
     assert right["guided"][0] < right["warm"][-1] + 0.1
     assert right["guided"][-1] > right["warm"][-1] + 0.15
 
 
-def test_codes_of_position_are_no_part_of_scores():
+def test_codes_of_position_are_no_part_of_scores(monkeypatch):
+    monkeypatch.setattr(start, "FIT_STEPS", 5)
     torch.manual_seed(0)
     matcher = build_matcher("imp", descriptor_dim=128, n_layers=1)
     data, _ = look_alikes(1)
-    guided_start(matcher, data["descriptors0"][0], seed=0, fit_steps=5)
+    guided_start(matcher, data["descriptors0"][0], seed=0)
     code = matcher.eval().kenc(data["norm_keypoints0"], data["scores0"], None)
     assert code.norm(dim=-1).mean() > 0.1
     assert matcher.final_proj[0](code).abs().max() < 1e-3

@@ -106,8 +106,7 @@ def _make_pair(source, k: int, attempt: int) -> Pair:
     matches, unmatched = settings.labels.of(*cameras)
     paths = tuple(view["image_path"] for view in views)
     pose = relative_pose(views[0]["pose"], views[1]["pose"]) if source.has_pose else None
-    return Pair(f"{source.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths,
-                unmatched)
+    return Pair(f"{source.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths, unmatched)
 
 
 class PhotoSource:

@@ -78,17 +78,17 @@ def _layouts(n_samples: int, n: int, generator: torch.Generator) -> tuple[Tensor
     return (2 * places - 1) * half, scores
 
 
-def _fit_encoder(encoder, basis: Tensor, seed: int, steps: int) -> float:
-    """Teach a keypoint encoder to give position codes in the directions `basis` (D, n). Returns the error left.
+def _fit_encoder(encoder, basis: Tensor, seed: int) -> None:
+    """Teach a keypoint encoder to give position codes in the directions `basis` (D, n).
 
     The norms take a view's mean and scale away, so the code is of keypoints that have a mean of 0 and a fixed spread.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder.encoder[-1].reset_parameters()
     optimizer = torch.optim.Adam(encoder.parameters())
-    for step in range(steps):
+    for step in range(FIT_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / FIT_STEPS))
         keypoints, scores = _layouts(4, 256, generator)
         spread = keypoints - keypoints.mean(dim=1, keepdim=True)
         spread = CODE_SPREAD * spread / spread.std(dim=1, keepdim=True)
@@ -101,7 +101,6 @@ def _fit_encoder(encoder, basis: Tensor, seed: int, steps: int) -> float:
     with torch.no_grad():
         end.weight.copy_((basis @ basis.T @ end.matrix).unsqueeze(-1))
         end.bias.copy_(basis @ basis.T @ end.bias)
-    return loss.item()
 
 
 def _of_head(linear, head: int, rows: Tensor) -> None:
@@ -124,15 +123,15 @@ def _write(mlp, pieces: list[tuple[Tensor, Tensor]]) -> None:
     mlp[-1].weight[:, :len(rows)] = torch.cat([out, -out], dim=1).unsqueeze(-1)
 
 
-def guided_start(matcher, descriptors: Tensor, seed: int, fit_steps: int | None = None) -> None:
+def guided_start(matcher, descriptors: Tensor, seed: int) -> None:
     """Make an untrained matcher one that looks for a keypoint's match where its neighbours' matches lie, in place.
 
-    descriptors (N, D): a sample of what it will get; fit_steps: of the encoder, None is FIT_STEPS. The directions in
-    which descriptors vary least make room for two codes of a position: where the keypoint is, from the encoder, and
-    where its match is expected, nothing at first. Self-attention looks at keypoints nearby, and takes the mean of where
-    theirs are expected; cross-attention looks at keypoints that look alike and lie where expected, takes their place
-    for the expected one, and pulls the descriptor a little towards theirs. What is left of heads and channels starts at
-    random. For networks with instance norm and ReLU.
+    descriptors (N, D): a sample of what it will get. The directions in which descriptors vary least make room for two
+    codes of a position: where the keypoint is, from the encoder, and where its match is expected, nothing at first.
+    Self-attention looks at keypoints nearby, and takes the mean of where theirs are expected; cross-attention looks at
+    keypoints that look alike and lie where expected, takes their place for the expected one, and pulls the descriptor a
+    little towards theirs. What is left of heads and channels starts at random. For networks with instance norm and
+    ReLU.
     """
     dim = descriptors.shape[1]
     n_code, head_dim = 2 * len(WAVES), dim // N_HEADS
@@ -140,7 +139,7 @@ def guided_start(matcher, descriptors: Tensor, seed: int, fit_steps: int | None 
     basis = torch.linalg.eigh(second_moment).eigenvectors.flip(1).float()  # most energy first
     looks, place, expected = basis.split([dim - 2 * n_code, n_code, n_code], dim=1)
     warm_start(matcher)
-    _fit_encoder(matcher.kenc, place, seed, FIT_STEPS if fit_steps is None else fit_steps)
+    _fit_encoder(matcher.kenc, place, seed)
     with torch.no_grad():
         for proj in matcher.final_proj:
             proj.weight.copy_(_logit_gain(dim) * (looks @ looks.T).unsqueeze(-1))
