@@ -8,8 +8,9 @@ DEMO := runs/demo
 
 .PHONY: test demo lint clean-demo
 
+# the cores share the tests, a file each at a time
 test: .venv/installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -29,7 +30,7 @@ demo: .venv/installed
 	$(PY) train.py --config configs/config_train_demo.json $$(test ! -f $(DEMO)/imp/latest.pth || echo --resume_path $(DEMO)/imp)
 	test -f $(DEMO)/yfcc_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_yfcc_sift.yaml
 	test -f $(DEMO)/scannet_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_scannet_sift.yaml
-	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
+	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --use_iterative --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
 
 clean-demo:
 	rm -rf $(DEMO)
