@@ -30,7 +30,7 @@ demo: .venv/installed
 	$(PY) train.py --config configs/config_train_demo.json $$(test ! -f $(DEMO)/imp/latest.pth || echo --resume_path $(DEMO)/imp)
 	test -f $(DEMO)/yfcc_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_yfcc_sift.yaml
 	test -f $(DEMO)/scannet_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_scannet_sift.yaml
-	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --use_iterative --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
+	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
 
 clean-demo:
 	rm -rf $(DEMO)

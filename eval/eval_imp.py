@@ -345,7 +345,7 @@ def main(argv=None) -> int:
         print(f"{setting}{best}", format_table(summary), sep="\n")
         for method, numbers in summary.items():
             if numbers.get("by_iteration"):
-                print(f"\n{method}", format_iterations(numbers["by_iteration"]), sep="\n")
+                print(f"\n{method}", format_iterations(numbers), sep="\n")
         print()
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")

@@ -44,7 +44,9 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
 
     others: results of the same pairs with other seeds of the estimator; AUCs are means over all. Shares and AUCs in
     [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled. epipolar_error, in
-    camera coordinates: mean over pairs of the mean of a pair's matches, and median of the medians.
+    camera coordinates: mean over pairs of the mean of a pair's matches, and median of the medians. Of the loop also
+    what `summarize_iterations` gives (by_iteration), and with depth iterations_of_halves: mean iterations of the half
+    of the pairs with more true correspondences, the easier one, and of the other.
     """
     summary, baseline_recall = {}, None
     for method, rows in results.items():
@@ -69,6 +71,8 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
             numbers["by_iteration"] = summarize_iterations(rows, seed)
 
         with_depth = [row for row in rows if row.n_true is not None]
+        if "by_iteration" in numbers and len(with_depth) > 1:
+            numbers["iterations_of_halves"] = _iterations_of_halves(with_depth)
         n_true = sum(row.n_true for row in with_depth)
         if n_true:
             n_used, n_correct = sum(row.n_used for row in with_depth), sum(row.n_correct for row in with_depth)
@@ -83,6 +87,12 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
                 "precision_at_baseline_recall": precision_at_recall(scores, correct, n_true, baseline_recall)}
         summary[method] = numbers
     return summary
+
+
+def _iterations_of_halves(rows: list[PairResult]) -> list[float]:
+    """Mean iterations of the half of the pairs with more true correspondences, and of the other."""
+    by_difficulty = [row.n_iterations for row in sorted(rows, key=lambda row: -row.n_true)]
+    return [float(np.mean(half)) for half in np.array_split(by_difficulty, 2)]
 
 
 def summarize_iterations(rows: list[PairResult], seed: int) -> list[dict]:
@@ -159,14 +169,19 @@ def format_table(summary: dict[str, dict]) -> str:
     return "\n".join([*align(table), *notes])
 
 
-def format_iterations(by_iteration: list[dict]) -> str:
-    """What `summarize_iterations` gives, as aligned plain text."""
+def format_iterations(numbers: dict) -> str:
+    """What `summarize` tells of a loop, as aligned plain text."""
     table = [["if ended after", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "running",
               "stopped", "kept"]]
-    for numbers in by_iteration:
-        table.append([f"{numbers['iterations']} iterations", *_auc_cells(numbers), _percent(numbers["precision"]),
-                      _percent(numbers["running"]), _percent(numbers["stopped"]), f"{numbers['keypoints_kept']:.0f}"])
-    return "\n".join(align(table))
+    for row in numbers["by_iteration"]:
+        table.append([f"{row['iterations']} iterations", *_auc_cells(row), _percent(row["precision"]),
+                      _percent(row["running"]), _percent(row["stopped"]), f"{row['keypoints_kept']:.0f}"])
+    lines = align(table)
+    if "iterations_of_halves" in numbers:
+        easier, harder = numbers["iterations_of_halves"]
+        lines.append(f"mean iterations: {easier:.1f} for the half of the pairs with more true correspondences, "
+                     f"{harder:.1f} for the other")
+    return "\n".join(lines)
 
 
 def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]]]:

@@ -15,7 +15,15 @@ from eval.journal import Journal
 from eval.matchers import MATCHERS, MatcherSettings
 from eval.methods import Method, Outcome, match_one_shot, to_data
 from eval.pair_sets import Hdf5PairSet, ListPairSet
-from eval.report import best_settings, format_sweep, format_table, summarize, summarize_iterations, sweep_thresholds
+from eval.report import (
+    best_settings,
+    format_iterations,
+    format_sweep,
+    format_table,
+    summarize,
+    summarize_iterations,
+    sweep_thresholds,
+)
 from eval.results import (
     PRECISION_THRESHOLD,
     PairResult,
@@ -709,4 +717,14 @@ def test_iterations_are_summed_up_as_if_the_loop_ended_there():
 
     numbers = summarize({"loop": [stopped, ran, empty, empty]}, seed=0)["loop"]
     assert numbers["iterations"] == 3.5 and numbers["stopped_early"] == 0.25 and numbers["keypoints_kept"] == 49
-    assert numbers["by_iteration"] == rows
+    assert numbers["by_iteration"] == rows and "iterations_of_halves" not in numbers
+
+
+def test_iterations_are_told_for_easy_and_hard_pairs():
+    last = {"stopped_early": True, "steps": [StepResult(4, 100, 100, 30, 20, 1.0, 0.0, 0.5)]}
+    rows = [row(1.0, 10, n_true=n_true, n_used=1, n_correct=1, n_iterations=n_iterations, **last)
+            for n_true, n_iterations in ((20, 9), (90, 4), (10, 8), (30, 7), (None, 100), (80, 6))]
+    numbers = summarize({"loop": rows}, seed=0)["loop"]
+    assert numbers["iterations_of_halves"] == [17 / 3, 8.5]  # the middle one of five is with the easier ones
+    assert format_iterations(numbers).endswith(
+        "mean iterations: 5.7 for the half of the pairs with more true correspondences, 8.5 for the other")
