@@ -51,6 +51,7 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
     summary, baseline_recall = {}, None
     for method, rows in results.items():
         errors = pose_errors(rows)
+        with_depth = [row for row in rows if row.n_true is not None]
         numbers = {"pairs": len(rows), "pairs_with_pose": len(errors),
                    **_auc([errors, *(pose_errors(other[method]) for other in others)], seed)}
         if errors:
@@ -69,10 +70,9 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
             numbers["keypoints_kept"] = _mean((row.steps[-1].kept0 + row.steps[-1].kept1) / 2
                                               for row in rows if row.steps)
             numbers["by_iteration"] = summarize_iterations(rows, seed)
+            if len(with_depth) > 1:
+                numbers["iterations_of_halves"] = _iterations_of_halves(with_depth)
 
-        with_depth = [row for row in rows if row.n_true is not None]
-        if "by_iteration" in numbers and len(with_depth) > 1:
-            numbers["iterations_of_halves"] = _iterations_of_halves(with_depth)
         n_true = sum(row.n_true for row in with_depth)
         if n_true:
             n_used, n_correct = sum(row.n_used for row in with_depth), sum(row.n_correct for row in with_depth)
