@@ -19,9 +19,10 @@ from PIL import Image
 from tools.cli import InputError, OutputError, describe_error
 
 MAX_PIXELS = 2 ** 28  # of an image or depth map, by its header
+FLOAT_SUFFIXES = (".exr", ".pfm", ".tif", ".tiff")
 MAX_COMPRESSION = 1100  # of HDF5's filters: deflate reaches 1032
 SMALL_BYTES = 2 ** 24  # may be asked for whatever a file's size
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+Image.MAX_IMAGE_PIXELS = None  # ours is checked instead
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file is said once, by us
 
 
@@ -169,13 +170,23 @@ def read_image(path, color: bool = False) -> np.ndarray:
     if size and size[0] * size[1] > MAX_PIXELS:
         raise InputError(f"image {path} is too large: {size[0]}x{size[1]}, at most {MAX_PIXELS / 1e6:.0f} megapixels")
     flag = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
-    image = _decode(path, flag)
+    # which OpenCV would cut to whole numbers
+    image = _from_floats(path, color) if Path(path).suffix.lower() in FLOAT_SUFFIXES else None
+    image = _decode(path, flag) if image is None else image
     if image is None:
-        image = _decode(path, cv2.IMREAD_ANYDEPTH | flag)  # as floats
-        if image is None or image.dtype.kind != "f" or not np.nanmax(image, initial=0) > 0:
-            raise InputError(f"not a readable image: {path}")
-        image = np.clip(np.nan_to_num(image) * (255 / np.nanmax(image[np.isfinite(image)])), 0, 255).astype(np.uint8)
+        raise InputError(f"not a readable image: {path}")
     return image
+
+
+def _from_floats(path, color: bool) -> np.ndarray | None:
+    image = _decode(path, cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype.kind != "f" or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        return None
+    image = np.nan_to_num(image, posinf=0, neginf=0).astype(np.float32)
+    image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
+    if image.ndim == 3:
+        return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if color else image
 
 
 def _decode(path, flag: int) -> np.ndarray | None:
@@ -236,8 +247,9 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     """
     group, where = file, f"{name} of {file.file.filename}"
     for part in name.strip("/").split("/"):
-        if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise InputError(f"{where} is missing" if part not in group else f"{where} is a link to elsewhere")
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{where} is {'missing' if link is None else 'a link to elsewhere'}")
         group = group[part]
     if not isinstance(group, h5py.Dataset) or group.shape is None or group.external or group.is_virtual:
         raise InputError(f"{where} is not a plain dataset")
