@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dump.report import why
 from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, header_size, stop_on_sigterm
-from tools.cli import InputError, report_skipped, run
+from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import below, read_image
 from tools.geometry import make_pose, project
@@ -280,7 +280,7 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     """Preprocess the scenes (ids; all if None) under `base_path`, with `workers` threads; complete ones are left alone.
 
     shard: (i, n) for every n-th of the scenes from the i-th on. Returns (complete scenes, [(scene or image, reason)] of
-    those that cannot be used). Raises InputError for bad input of the whole run, InUse if another process is at a scene.
+    the unusable). Raises InputError for bad input of the whole run, InUse if another process is at a scene.
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
@@ -300,8 +300,8 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
                     skipped += [(f"{scene} {name}", problem) for name, problem in images]
         except InUse:
             raise
-        except InputError as error:
-            skipped.append((scene, str(error)))
+        except Exception as error:
+            skipped.append((scene, reason(error)))
         else:
             complete.append(scene)
     return complete, skipped
@@ -325,7 +325,7 @@ def main(argv=None) -> int:
     except OSError as error:
         raise InputError(f"cannot write to {args.base_path}: {why(error)}; what is done is kept") from None
     print(f"{len(complete)} scenes complete")
-    status = report_skipped(skipped, "scenes or images")
+    status = report_skipped(skipped, "scenes or images" if any(" " in name for name, _ in skipped) else "scenes")
     wait_for_all("the end")
     return status if complete or not skipped else 2
 
