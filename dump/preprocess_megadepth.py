@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from dump.report import why
 from dump.shards import deal, parse_shard, wait_for_all
-from dump.workers import available_cores, header_size, stop_on_sigterm
+from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
-from tools.files import below, read_image
+from tools.files import below, header_size, read_image
 from tools.geometry import make_pose, project
 from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
