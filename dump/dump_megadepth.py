@@ -38,6 +38,7 @@ from dump.workers import (
     each_image,
     extractor,
     in_order,
+    is_whole,
     stop_on_sigterm,
     weights_of,
     worker_pool,
@@ -177,19 +178,6 @@ def _remove_strays(save_path, scene):
             stray.unlink()
 
 
-def _is_whole(path, fields) -> bool:
-    """Whether a record is there, as far as its header and size tell; one that is torn is removed, to be made again."""
-    if not path.exists():
-        return False
-    try:
-        if tuple(read_record(path, mmap=True)) == fields:
-            return True
-    except InputError:
-        pass
-    path.unlink()
-    return False
-
-
 def _match_numbers(save_path, scene):
     """Numbers of the match records that are there, sorted."""
     with contextlib.suppress(FileNotFoundError), os.scandir(match_path(save_path, scene, 0).parent) as entries:
@@ -211,7 +199,7 @@ def _matches_done(save_path, scene):
     """How many whole match records there are from 0 on; those after a gap are removed, to be made again."""
     numbers = _match_numbers(save_path, scene)
     done = 0
-    while done < len(numbers) and numbers[done] == done and _is_whole(match_path(save_path, scene, done), MATCH_FIELDS):
+    while done < len(numbers) and numbers[done] == done and is_whole(match_path(save_path, scene, done), MATCH_FIELDS):
         done += 1
     for number in numbers[done:]:
         match_path(save_path, scene, number).unlink(missing_ok=True)
@@ -273,7 +261,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     tasks = list(task_of.values())
-    done_before = {i for i, path in record_paths.items() if _is_whole(path, KEYPOINT_FIELDS)}
+    done_before = {i for i, path in record_paths.items() if is_whole(path, KEYPOINT_FIELDS)}
     outcome |= dict.fromkeys(done_before, True)
     n_missing = len(tasks) - len(done_before)
     started = time.perf_counter()
