@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import dump.import_rgbd
 from dump.import_rgbd import import_rgbd, main
 from tools.cli import InputError, run
 from tools.correspondences import depth_at, match_by_projection, reproject
-from tools.files import read_depth, read_image
+from tools.files import read_depth, read_image, write_depth
 from tools.geometry import lift, make_pose, project
 from tools.pair_list import read_pair_list
 from tools.scene_info import list_scenes, load_scene_info
@@ -229,6 +230,17 @@ def test_two_runs_give_the_same_bytes_whatever_the_clock_says(sequence, tmp_path
     assert command(sequence, tmp_path / "then") == 0
     assert files_of(tmp_path / "now") == files_of(tmp_path / "then")
     assert len(files_of(tmp_path / "now")) == 2 * len(NUMBERS) + 1
+
+
+def test_a_depth_map_has_the_same_bytes_whatever_was_written_before(tmp_path):
+    rng = np.random.default_rng(0)
+    maps = [np.round(rng.uniform(1, 5, (480, 640)), 3).astype(np.float32) for _ in range(8)]
+    written = []
+    for workers in (1, 2, 4):
+        with ThreadPool(workers) as pool:
+            pool.starmap(write_depth, [(tmp_path / str(workers) / f"{i}.h5", depth) for i, depth in enumerate(maps)])
+        written.append(files_of(tmp_path / str(workers)))
+    assert written[0] == written[1] == written[2]
 
 
 def test_what_a_killed_run_left_half_written_goes(sequence, tmp_path):

@@ -276,6 +276,8 @@ def hdf5_image(write) -> bytes:
 
 def write_depth(path, depth: np.ndarray) -> None:
     """Write a depth map (H, W) as MegaDepth does: HDF5, dataset "depth", float32."""
-    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="lzf"))
+    # not lzf: its hash table is not initialised, so what it writes depends on what was in memory
+    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="gzip",
+                                                       compression_opts=1))
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
