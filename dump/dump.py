@@ -62,7 +62,8 @@ from tools.correspondences import depth_at
 from tools.features import DESCRIPTOR_DIM, Features
 from tools.files import atomic_path, read_depth, read_image, read_lines
 from tools.geometry import essential_matrix, make_pose, relative_pose, resize_keypoints
-from tools.manifest import check_settings, claim, locked
+from tools.locks import locked
+from tools.manifest import check_settings, claim
 from tools.pair_list import read_pair_list
 from tools.records import read_record, write_record
 from tools.safe_pickle import load_pickle

@@ -47,15 +47,14 @@ from tools.cli import InputError, report_skipped, run
 from tools.correspondences import depth_at, match_by_projection
 from tools.features import DESCRIPTOR_DIM, Features
 from tools.files import read_depth, read_image, read_lines, write_json
+from tools.locks import InUse, locked
 from tools.manifest import (
     FORMAT,
     VERSION,
-    InUse,
     begun_scenes,
     claim,
     keypoint_path,
     lock_path,
-    locked,
     match_path,
     read_manifest,
     read_scene,

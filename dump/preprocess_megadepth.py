@@ -35,7 +35,7 @@ from tools.cli import InputError, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import read_image
 from tools.geometry import make_pose, project
-from tools.manifest import InUse, locked
+from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
 
 ARCHIVE_ROOT = "phoenix/S6/zl548"

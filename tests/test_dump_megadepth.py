@@ -38,7 +38,8 @@ from tools.correspondences import match_by_projection
 from tools.features import Features, Sift
 from tools.files import read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
-from tools.manifest import InUse, keypoint_path, load_dump, locked, match_path
+from tools.locks import InUse, locked
+from tools.manifest import keypoint_path, load_dump, match_path
 from tools.records import read_record, write_record
 from tools.scene_info import load_scene_info, write_scene_info
 

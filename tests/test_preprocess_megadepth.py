@@ -22,7 +22,7 @@ from dump.preprocess_megadepth import main, preprocess_megadepth, read_model  # 
 from tools.cli import InputError, run  # noqa: E402
 from tools.files import read_image, write_depth, write_image  # noqa: E402
 from tools.geometry import project  # noqa: E402
-from tools.manifest import locked  # noqa: E402
+from tools.locks import locked  # noqa: E402
 from tools.scene_info import load_scene_info  # noqa: E402
 
 W, H = 320, 240

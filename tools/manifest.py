@@ -8,69 +8,14 @@
 
 While a process writes a scene, OUT/.<scene>.lock is there too.
 """
-import contextlib
-import errno
-import fcntl
-import functools
-import os
-import sys
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
 from tools.files import read_json, write_json
+from tools.locks import locked
 
 FORMAT = "imp-dump"
 VERSION = 1
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-
-
-class InUse(InputError):
-    """Another process writes there."""
-
-
-@functools.cache
-def _warn_of_no_locks():
-    print("note: this file system has no locks: let no two processes write to one dump, other than its shards",
-          file=sys.stderr)
-
-
-def _flock(file, how) -> bool:
-    """Whether the lock was to be had; a file system without locks gives it to everyone."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        _warn_of_no_locks()
-    return True
-
-
-@contextlib.contextmanager
-def locked(path, busy: str | None = None, shared: bool = False):
-    """Hold the lock file `path` while the block runs: nobody else does, or, if `shared`, others who share it.
-
-    If somebody does, raise InUse with the message `busy`; without one, wait. The lock goes with its process, however
-    that ends; the file goes when the block ends, or when the next one does if a process was killed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0)
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "a"))
-            if not _flock(file, how):
-                raise InUse(busy)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            stack.close()  # its holder removed it meanwhile: what was locked is no longer the file of that name
-        try:
-            yield
-        finally:
-            if _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else others share it, and the last one removes it
-                path.unlink(missing_ok=True)
 
 
 def manifest_path(path) -> Path:
