@@ -39,6 +39,11 @@ class _DType:
 class _Array(np.ndarray):
     """An array as it comes out of a pickle: read-only, so that no opcode can assign to its elements."""
 
+    def __new__(cls, *args):
+        if args:
+            raise pickle.UnpicklingError("a call of numpy.ndarray is not admitted")
+        return super().__new__(cls, 0)
+
     def __setstate__(self, state):
         shape, dtype, fortran, data = state[-4:]
         if not self.flags.writeable:
@@ -62,11 +67,7 @@ def _whole(side) -> int:
 
 
 def _reconstruct(cls, shape, code):
-    return _Array(0)
-
-
-def _ndarray(*args):
-    raise pickle.UnpicklingError("a call of numpy.ndarray is not admitted")
+    return _Array()
 
 
 def _scalar(dtype, data):
@@ -76,7 +77,7 @@ def _scalar(dtype, data):
 
 
 def _frombuffer(data, dtype, shape, order):
-    array = _Array(0)
+    array = _Array()
     array.__setstate__((shape, dtype, order == "F", data))
     return array
 
@@ -102,7 +103,7 @@ class _Function:
 
 
 # name in a pickle, as NumPy 1 and 2 write it -> what stands in for it
-STAND_INS = {"numpy.dtype": _DType, "numpy.ndarray": _Function(_ndarray), "_codecs.encode": _Function(_encode)}
+STAND_INS = {"numpy.dtype": _DType, "numpy.ndarray": _Array, "_codecs.encode": _Function(_encode)}
 for _core in ("numpy.core", "numpy._core"):
     STAND_INS |= {f"{_core}.multiarray._reconstruct": _Function(_reconstruct),
                   f"{_core}.multiarray.scalar": _Function(_scalar),
@@ -242,7 +243,7 @@ def numbers(value, *shape, what: str = "a value") -> np.ndarray:
             good = isinstance(part, (list, tuple)) and shape[0] in (None, len(part)) and all(
                 check(inner, shape[1:]) for inner in part)
         else:
-            good = isinstance(part, (float, np.floating, np.integer)) or isinstance(part, int) and abs(part) < 2 ** 63
+            good = isinstance(part, (float, np.floating, np.integer)) or (isinstance(part, int) and abs(part) < 2 ** 63)
         return good
 
     if not check(value, shape):
