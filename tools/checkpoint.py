@@ -117,11 +117,14 @@ def load_weights(module: torch.nn.Module, state: dict, path) -> None:
         made_for = ", ".join(f"{name} {value}" for name, value in describe_weights(state).items())
         raise InputError(f"{path} does not fit this network: {problem}"
                          + (f" (the file is for {made_for})" if made_for else ""))
-    broken = [key for key in own if own[key].is_floating_point() and not torch.isfinite(state[key]).all()]
+    module.load_state_dict(state, strict=True)
+
+
+def _check_finite(module: torch.nn.Module, path) -> None:
+    broken = [key for key, value in module.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{path} is of no use: {broken[0]} has values that are not finite; its training diverged, or "
                          "the file is damaged")
-    module.load_state_dict(state, strict=True)
 
 
 def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **options):
@@ -151,6 +154,7 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
         settings[key] = config[key]
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
+    _check_finite(matcher, path)
     return matcher.float().eval().to(device)
 
 
@@ -165,6 +169,7 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
                          f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
     network = SuperPoint(**options)
     load_weights(network, load_checkpoint(path)["model"], path)
+    _check_finite(network, path)
     return network.eval().to(device)
 
 
