@@ -318,7 +318,7 @@ def test_nothing_to_import(sequence, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "cannot read"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "no camera matrix"),
+    (None, "not found"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "no camera matrix"),
     ("nan 0 320 0 525 240 0 0 1", "no camera matrix")])
 def test_intrinsics(sequence, tmp_path, capsys, content, words):
     if content is None:
@@ -351,7 +351,7 @@ def test_two_sequences_do_not_mix_in_one_scene(sequence, tmp_path, capsys):
 def test_save_path_that_is_a_file(sequence, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert command(sequence, tmp_path / "out") == 2
-    expect_error(capsys, tmp_path / "out", "cannot write to")
+    expect_error(capsys, tmp_path / "out", "is a file, not a folder to write to")
 
 
 def test_kitchen(tmp_path):
