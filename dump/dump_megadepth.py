@@ -61,7 +61,7 @@ from tools.manifest import (
     scene_path,
 )
 from tools.records import read_record, write_record
-from tools.scene_info import candidate_pairs, check_scene_info, list_scenes, load_scene_info
+from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
 FEATURE_SETTINGS = {  # SPEC 3, "Dump"
     "sift": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False},
@@ -244,7 +244,6 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     """
     work = work or Work()
     info = load_scene_info(info_path)
-    check_scene_info(info, info_path)
     pairs = candidate_pairs(info)
     image_paths, overlap = info["image_paths"], np.float64(info["overlap_matrix"][tuple(pairs.T)])
     images = [int(i) for i in np.unique(pairs)]
