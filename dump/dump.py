@@ -3,6 +3,8 @@
     python3 -m dump.dump --config configs/yfcc_eval_sift.yaml [--raw_data_dir DIR] [--output FILE] [--KEY VALUE ...]
                          [--workers 8] [--shard 0/4]
 
+A YAML file of the original (data_name, rawdata_dir, ..., extractor: {name, num_kpt, ...}) is read as it is.
+
 The file has one group per quantity, and in each one dataset per pair, named by its number "0" .. "n-1":
 
     K1 K2              (3, 3) float64, OpenCV's pixel convention, for the images as stored
@@ -174,6 +176,14 @@ def from_original(values: dict, source: str) -> dict:
     return config
 
 
+def _whole(value):
+    """A whole number that a YAML file has as 1600.0 or "1600"; anything else as it is."""
+    try:
+        return int(float(value)) if not isinstance(value, bool) and float(value) == int(float(value)) else value
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
 def load_config(path, arguments: list[str]) -> dict:
     """Defaults, overlaid by a YAML file and by `--key value` arguments; `--extractor.max_keypoints 500` reaches in.
 
@@ -193,7 +203,7 @@ def load_config(path, arguments: list[str]) -> dict:
         for key in ("scenes", "resize"):
             if values.get(key, []) is None:
                 values[key] = []
-            elif isinstance(values.get(key), (str, int)):
+            elif isinstance(values.get(key), (str, int, float)):
                 values[key] = [values[key]]
         config = overlay(config, values, source)
     for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(EXTRACTOR_DEFAULTS))):
@@ -205,6 +215,7 @@ def load_config(path, arguments: list[str]) -> dict:
             raise InputError(f"{key} is not set: give it in {path} or as --{key}")
     if not all(isinstance(scene, str) for scene in config["scenes"]):
         raise InputError(f"scenes {config['scenes']}: expected names; put quotes round a name of digits")
+    config["resize"] = [_whole(side) for side in config["resize"]]
     if len(config["resize"]) > 2 or not all(type(side) is int and side > 0 for side in config["resize"]):
         raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
     if config["workers"] < 0:

@@ -407,14 +407,14 @@ def _verify_scene(path, scene, manifest) -> tuple[int, list]:
     for file in keypoint_files:
         try:
             n_keypoints[file.name], found = _verify_keypoints(file, manifest)
-        except InputError as error:
-            found = [error]
+        except Exception as error:
+            found = [reason(error)]
         problems += [(file, what) for what in found]
     for file in match_files:
         try:
             found = _verify_matches(file, n_keypoints, manifest["feature_type"])
-        except InputError as error:
-            found = [error]
+        except Exception as error:
+            found = [reason(error)]
         problems += [(file, what) for what in found]
     return len(keypoint_files) + n_pairs, problems
 

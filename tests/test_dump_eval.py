@@ -313,6 +313,12 @@ def test_bad_key_on_the_command_line(raw, output, capsys):
     assert_error(capsys, dump(raw, output, "--resise", "5"), "did you mean 'resize'?")
 
 
+@pytest.mark.parametrize("given, resize", [("1600", [1600]), ([1600.0], [1600]), (640.0, [640]),
+                                           ([640, "480"], [640, 480])])
+def test_numbers_as_yaml_writers_write_them(raw, output, given, resize):
+    assert load_config(arguments(raw, output, resize=given)[1], [])["resize"] == resize
+
+
 ORIGINAL_YFCC = """
 data_name: yfcc
 rawdata_dir: RAW

@@ -914,6 +914,10 @@ def shorter(path):
     write_record(path, {**record, "scores": record["scores"][1:]})
 
 
+def scalars(path):
+    write_record(path, dict.fromkeys(read_record(path), 1))
+
+
 def not_finite(path):
     record = read_record(path)
     write_record(path, {**record, "pose": record["pose"] * np.nan})
@@ -923,6 +927,7 @@ def not_finite(path):
     ("keypoints/0000/1.jpg_sift.npy", truncate, "not a whole record"),
     ("keypoints/0000/1.jpg_sift.npy", Path.unlink, "3 keypoint records, 4 expected"),
     ("keypoints/0000/1.jpg_sift.npy", shorter, "scores is"),
+    ("keypoints/0000/1.jpg_sift.npy", scalars, "1.jpg_sift.npy: "),
     ("keypoints/0000/1.jpg_sift.npy", not_finite, "pose has values that are not finite"),
     ("matches/0000/2.npy", truncate, "not a whole record"),
     ("matches/0000/2.npy", Path.unlink, "cannot read record"),
