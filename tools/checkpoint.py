@@ -3,9 +3,9 @@
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
 and what else is needed to go on.
 """
+import os
 import pickle
 import re
-import os
 import sys
 import zipfile
 from pathlib import Path
