@@ -66,6 +66,7 @@ from tools.features import DESCRIPTOR_DIM, Features
 from tools.files import (
     atomic_path,
     below,
+    check_folder,
     hdf5_array,
     header_size,
     open_hdf5,
@@ -490,6 +491,7 @@ def dump_eval(config: dict, workers: int = 1, device: str = "auto", shard=None) 
         pairs = yfcc_pairs(raw_data_dir, config["scenes"])
     else:
         pairs = scannet_pairs(config["pair_list"])
+    check_folder(output.parent)
     views = sorted({view for pair in pairs for view in pair}, key=lambda view: view.image_path)
     parts = Path(f"{output}.parts")
     busy = f"another process writes {output}: wait for it, or give each its own --shard"

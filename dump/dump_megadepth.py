@@ -46,7 +46,7 @@ from dump.workers import (
 from tools.cli import InputError, reason, report_skipped, run
 from tools.correspondences import depth_at, match_by_projection
 from tools.features import DESCRIPTOR_DIM, Features
-from tools.files import below, header_size, read_depth, read_image, read_lines, write_json
+from tools.files import below, check_folder, header_size, read_depth, read_image, read_lines, write_json
 from tools.locks import InUse, locked
 from tools.manifest import (
     FORMAT,
@@ -333,6 +333,7 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
+    check_folder(save_path)
     files = list_scenes(base_path, scenes)
     extractor(*recipe.of_extractor)  # bad settings must stop here, not in each scene
     claim(save_path, recipe.manifest())

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dump.report import why
@@ -33,7 +32,7 @@ from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
-from tools.files import below, header_size, read_image
+from tools.files import below, check_folder, header_size, read_image
 from tools.geometry import make_pose, project
 from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
@@ -81,11 +80,9 @@ def largest_side(folder) -> int:
     """Largest width or height among the images of a folder, from their headers; InputError if there is no image."""
     sides = []
     for path in sorted(Path(folder).glob("[!.]*")):
-        try:
-            with Image.open(path) as image:
-                sides.append(max(image.size))
-        except OSError:  # one damaged image does not change the size of the others
-            continue
+        size = header_size(path)
+        if size:  # one damaged image does not change the size of the others
+            sides.append(max(size))
     if not sides:
         raise InputError(f"no readable image in {folder}")
     return max(sides)
@@ -289,6 +286,8 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     if unknown:
         raise InputError(f"no scene {', '.join(unknown[:5])} in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
     import_pycolmap()
+    for folder in ("Undistorted_SfM", "scene_info"):
+        check_folder(Path(base_path, folder))
     complete, skipped = [], []
     for scene in tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None):
         busy = f"another process is at scene {scene} of {base_path}: wait for it, or give each its own --shard"

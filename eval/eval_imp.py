@@ -227,7 +227,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), default="spp",
                         help="local features (default: %(default)s)")
     parser.add_argument("--protocol", choices=("default", "published"), default="default",
-                        help="published: as the published program: MAGSAC++ with 1000 iterations, each match in front of "
+                        help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "
                         "both cameras an inlier, pooling in the loop with --use_uncertainty alone")
     parser.add_argument("--use_iterative", action="store_true",
                         help="also run each network in turns with the pose, until that stays the same")

@@ -23,7 +23,7 @@ def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str 
     """Pose of camera 1 relative to camera 0 from matched keypoints, or None when there is none.
 
     keypoints0/1: (N, 2) pixels, row i of one matches row i of the other; K0/1: (3, 3) in the same pixel convention;
-    threshold: epipolar error of an inlier in pixels, at most; method: a key of ESTIMATORS, or PUBLISHED_ESTIMATOR; scores
+    threshold: epipolar error of an inlier in pixels, at most; method: of ESTIMATORS, or PUBLISHED_ESTIMATOR; scores
     (N,): of the matches, for a quick search that draws strong ones first (PROSAC: Chum and Matas, CVPR 2005),
     PROSAC_ITERATIONS samples at most; OpenCV's estimators, which are quick in any case, do not use them.
     Returns R (3, 3), t (3,) of unit length, and inliers (N,) bool. The same arguments give the same result; none of

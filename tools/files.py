@@ -153,6 +153,7 @@ def read_lines(path) -> list[str]:
 def header_size(path) -> tuple[int, int] | None:
     """(w, h) of an image file by its header, as stored; None where that is not known without decoding it."""
     try:
+        check_file(path, "image")
         with Image.open(path) as image:
             return image.size
     except Exception:  # whatever a damaged file makes of Pillow's readers: OpenCV decides then
@@ -199,9 +200,9 @@ def _decode(path, flag: int) -> np.ndarray | None:
 def write_image(path, image: np.ndarray, quality: int = 95) -> None:
     """Write a BGR or gray image, atomically; the format follows the suffix, quality is JPEG's."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if Path(path).suffix in (".jpg", ".jpeg") else []
+    data = cv2.imencode(Path(path).suffix, image, options)[1]
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), image, options):
-            raise InputError(f"cannot write image {path}")
+        temporary.write_bytes(data)  # imwrite does not say when a disk is full
 
 
 def read_depth(path) -> np.ndarray:
@@ -275,6 +276,8 @@ def hdf5_image(write) -> bytes:
 
 def write_depth(path, depth: np.ndarray) -> None:
     """Write a depth map (H, W) as MegaDepth does: HDF5, dataset "depth", float32."""
-    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="lzf"))
+    # not lzf: its hash table is not initialised, so what it writes depends on what was in memory
+    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="gzip",
+                                                       compression_opts=1))
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
