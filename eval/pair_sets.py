@@ -17,7 +17,6 @@ from tools.correspondences import depth_at
 from tools.features import Features
 from tools.files import read_depth, read_image
 from tools.geometry import (
-    colmap_to_opencv_K,
     make_pose,
     relative_pose,
     resize_keypoints,
@@ -26,7 +25,6 @@ from tools.geometry import (
     turn_pose,
 )
 from tools.pair_list import Pair, read_pair_list
-from tools.safe_pickle import load_npz
 
 # both views of a pair, and room for pairs that share an image; 2000 keypoints of 256 channels take 2 MB
 CACHED_IMAGES = 128
@@ -238,26 +236,6 @@ def read_scannet_camera(root, name: str) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(K).all() and np.isfinite(pose).all() and K[0, 0] > 0 and K[1, 1] > 0):
         raise InputError(f"camera of {name} not usable: {intrinsic}, {extrinsic}")
     return K, pose
-
-
-def read_megadepth1500(folder) -> list[Pair]:
-    """The pairs of MegaDepth-1500 from its files `<scene>_<min>_<max>.npz` in a folder (SPEC 13), file by file."""
-    paths = sorted(Path(folder).glob("*_*_*.npz"))
-    if not paths:
-        raise InputError(f"no files of MegaDepth-1500 in {folder}: expected 0015_0.1_0.3.npz and four more")
-    return [pair for path in paths for pair in _read_pair_infos(path)]
-
-
-def _read_pair_infos(path) -> list[Pair]:
-    info, pairs = load_npz(path), []
-    try:
-        for (i, j), *_ in info["pair_infos"]:
-            K0, K1 = (colmap_to_opencv_K(np.reshape(info["intrinsics"][k], (3, 3))) for k in (i, j))
-            T_0to1 = relative_pose(*(np.reshape(info["poses"][k], (4, 4)) for k in (i, j)))
-            pairs.append(Pair(str(info["image_paths"][i]), str(info["image_paths"][j]), 0, 0, K0, K1, T_0to1))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no file of MegaDepth-1500: {type(error).__name__} {error}") from None
-    return pairs
 
 
 def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:

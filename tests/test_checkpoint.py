@@ -1,7 +1,10 @@
 """Checkpoints: the keys that published files have, and what is said of files that do not fit."""
 import os
+import random
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden.fill import fill_
@@ -119,8 +122,6 @@ def test_files_for_something_else(save):
              r"gnn.layers.3.attn.merge.weight has shape \(8, 4, 1\), the network wants \(8, 8, 1\)"),
             (SuperPoint().state_dict(), "imp", 8, {},
              r"holds no matcher, as it has no final_proj weights \(superpoint\)"),
-            ({f"module.{name}": value for name, value in eimp.items()}, "imp", 8, {},
-             r"no final_proj weights \(its first key is module.bin_score\)"),
             ({}, "imp", 8, {}, "holds no matcher")):
         path = save({"model": state})
         with pytest.raises(InputError, match=message) as error:
@@ -168,6 +169,65 @@ def test_files_that_cannot_be_read(save, tmp_path):
             load_checkpoint(save(content))
     with pytest.raises(InputError, match=r"no checkpoint at .*absent.pth"):
         load_checkpoint(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("modules", ["numpy._core", "numpy.core"])
+@pytest.mark.parametrize("min_loss", [None, np.float64(0.25), np.float32(0.25), np.int64(3), np.array([0.25, 3])])
+def test_a_checkpoint_of_the_published_trainer(save, min_loss, modules):
+    """It stored the mean of its losses, a NumPy number, under the module names of NumPy 1."""
+    path = save({"epoch": 7, "iteration": 7000, "model": make_state(), "min_loss": min_loss})
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(b"cnumpy._core.", b"c%b." % modules.encode()))
+    content = load_checkpoint(path)
+    assert content["epoch"] == 7 and np.array_equal(content["min_loss"], min_loss)
+    assert type(content["min_loss"]) is type(min_loss) or isinstance(min_loss, np.ndarray)
+    assert load_matcher(path, "eimp", 8).n_layers == 5
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "matcher."])
+@pytest.mark.parametrize("entry", ["model", "state_dict", "model_state_dict", None])
+def test_weights_of_wrapped_networks(save, prefix, entry):
+    state = make_state()
+    wrapped = {prefix + name: value for name, value in state.items()}
+    matcher = load_matcher(save({entry: wrapped} if entry else wrapped), "eimp", 8)
+    assert all(torch.equal(value, state[name]) for name, value in matcher.state_dict().items())
+
+
+@pytest.mark.parametrize("damage, message", [
+    ({"config": {"sinkhorn_iterations": 10 ** 9}}, "config says sinkhorn_iterations 1000000000"),
+    ({"config": {"ac_fn": []}}, "config says ac_fn"), ({"config": {"n_min_tokens": "many"}}, "config says n_min"),
+    ({"config": {"with_sinkhorn": torch.zeros(3)}}, "config says with_sinkhorn"),
+    ({"model": {**make_state(), "bin_score": torch.tensor(float("nan"))}}, "bin_score has values that are not finite"),
+    ({"model": {f"final_proj.{i}.weight": torch.zeros(8) for i in range(1000)} | {"a": torch.ones(1)}},
+     "1000 iterations"),
+    ({"model": {**make_state(), "bin_score": torch.zeros(2).to_sparse()}}, "bin_score in its entry 'model' is no"),
+    ({"model": {**make_state(), 3: torch.zeros(2)}}, "3 in its entry 'model' is no tensor"),
+    ({"model": {"final_proj.0.weight": torch.tensor(1.0), "gnn": torch.tensor(1.0)}}, "descriptors of 0 channels"),
+])
+def test_damaged_values(save, damage, message):
+    path = save({"model": make_state(), **damage})
+    with pytest.raises(InputError, match=message) as error:
+        load_matcher(path, "eimp", 8)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_anywhere_is_one_line(save, tmp_path):
+    whole, rng = save({"model": make_state("gm", 4, 1), "config": {"network": "gm"}}).read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        # the zip's directory and the pickle are a small part of the file
+        data[rng.choice((rng.randrange(1500), rng.randrange(-4000, 0)))] ^= 1 << rng.randrange(8)
+        (tmp_path / "flipped.pth").write_bytes(data)
+        try:
+            load_matcher(tmp_path / "flipped.pth", "gm", 4)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 20
 
 
 def test_default_weights(tmp_path, monkeypatch):

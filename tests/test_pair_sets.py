@@ -13,7 +13,6 @@ from eval.methods import Method
 from eval.pair_sets import (
     Hdf5PairSet,
     ListPairSet,
-    read_megadepth1500,
     read_scannet_camera,
     read_scannet_pairs,
     upright_images,
@@ -25,6 +24,7 @@ from tools.features import Sift
 from tools.files import read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K, relative_pose
 from tools.pair_list import Pair, read_pair_list
+from tools.scene_info import read_megadepth1500
 
 LISTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lists"
 
@@ -145,6 +145,16 @@ def test_files_that_are_not_megadepth1500s_are_named(tmp_path):
         read_megadepth1500(tmp_path)
     (tmp_path / "0015_0.1_0.3.npz").write_bytes(pickle.dumps({"image_paths": []}))
     with pytest.raises(InputError, match=r"no file of MegaDepth-1500: .*pair_infos"):
+        read_megadepth1500(tmp_path)
+
+
+def test_a_bad_pair_of_megadepth1500_is_left_out_and_named(tmp_path, capsys):
+    path = tmp_path / "0015_0.1_0.3.npz"
+    write_pair_infos(path, [(0, 1), (2, 1), (-1, 1), (0, 7)])  # the first image is None, and 7 is not there
+    assert len(read_megadepth1500(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"note: {path}: 2 pairs are left out; the first: ")
+    write_pair_infos(path, [(0, 7)])
+    with pytest.raises(InputError, match="no pair of MegaDepth-1500 that can be used: "):
         read_megadepth1500(tmp_path)
 
 

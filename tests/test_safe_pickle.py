@@ -1,13 +1,22 @@
+import io
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
 import pytest
 
 from tools.cli import InputError
-from tools.safe_pickle import load_npz, load_pickle
-from tools.scene_info import MATRIX_FIELDS, OBJECT_FIELDS, list_scenes, load_scene_info, write_scene_info
+from tools.safe_pickle import load_npz, load_pickle, numbers
+from tools.scene_info import (
+    MATRIX_FIELDS,
+    OBJECT_FIELDS,
+    candidate_pairs,
+    list_scenes,
+    load_scene_info,
+    write_scene_info,
+)
 
 WITNESS = "code_ran"
 
@@ -71,6 +80,94 @@ def test_only_the_codec_of_old_byte_strings_is_admitted():
         load_pickle("bad.pkl")
 
 
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tU\1btR"
+DTYPE = b"cnumpy\ndtype\n(U%c%bK\0K\1tR(K\3U\1<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+
+
+def array(code: bytes, shape: bytes, data: bytes) -> bytes:
+    """A pickled array, as Python 2 wrote it, but of any dtype, shape and data."""
+    return ARRAY + b"(K\1" + shape + DTYPE % (len(code), code) + b"\x89" + data + b"tb"
+
+
+@pytest.mark.parametrize("pickled, message", [
+    (b"cos\nsystem\n(S'mkdir code_ran'\ntR.", "os.system is not admitted"),
+    (b"cposix\nsystem\n(S'mkdir code_ran'\ntR.", "posix.system is not admitted"),
+    (b"\x80\4\x8c\x08builtins\x8c\4eval\x93\x8c\0011\x85R.", "builtins.eval is not admitted"),
+    (b"c__builtin__\ngetattr\n.", "__builtin__.getattr is not admitted"),
+    # objects made of bytes: the process died
+    (b"\x80\2cnumpy\nndarray\n((K\1tX\1\0\0\0OC\x08AAAAAAAAtR.", "numpy.ndarray is not admitted"),
+    (array(b"O", b"K\1\x85", b"U\x08AAAAAAAA") + b".", "as much data"),
+    (array(b"O", b"K\2\x85", b"]Na") + b".", "as much data"),
+    (array(b"f8", b"K\1\x85", b"U\7AAAAAAA") + b".", "as much data"),
+    (array(b"f8", b"I-1\n\x85", b"U\0") + b".", "whole numbers"),
+    (array(b"f8", b"I4611686018427387904\nK\4\x86", b"U\0") + b".", "as much data"),
+    (array(b"V8", b"K\1\x85", b"U\x08AAAAAAAA") + b".", "'V8' is not admitted"),
+    (array(b"O,f8", b"K\1\x85", b"U\x08AAAAAAAA") + b".", "'O,f8' is not admitted"),
+    (b"cnumpy\ndtype\n(U\2f8tR(K\3U\1<N(U\1at}U\1aK\1sK\x08K\1K?tb.", "structured dtype"),
+    (array(b"f8", b"K\1\x85", b"U\x08AAAAAAAA") + b"(K\1)" + DTYPE % (2, b"f8") + b"\x89U\x08AAAAAAAAtb.", "twice"),
+    (array(b"f8", b"K\1\x85", b"U\x08AAAAAAAA") + b"K\0]s.", "read-only"),
+    (b"cnumpy.core.multiarray\nscalar\n(" + DTYPE % (1, b"O") + b"U\x08AAAAAAAAtR.", "scalar of objects"),
+    # what stands in for functions keeps its own attributes
+    (b"cnumpy.core.multiarray\nscalar\nN}S'function'\nNs\x86b.", "has no state"),
+    (b"cnumpy\ndtype\nN}S'fullmatch'\nNs\x86b.", "missing 1 required"),
+    # memory
+    (b"\x80\2]r\xff\xff\xff\x0f.", "opcode b'r' at byte 3"), (b"]p268435455\n.", "opcode b'p' at byte 1"),
+    (b"]r\0\0\1\0.", "opcode b'r'"), (b"\x80\4\x95\0\0\0\0\1\0\0\0N.", "cut off"), (b"B\0\0\0\x7f.", "cut off"),
+    (b"(" + b"]" * 10 ** 6 + b"l.", "empty lists"), (b"P1\n.", "opcode b'P'"), (b"\x82\1.", "opcode"),
+    (b"N", "cut off"),
+])
+def test_made_up_pickles_are_refused(pickled, message):
+    with open("bad.pkl", "wb") as file:
+        file.write(pickled)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        load_pickle("bad.pkl")
+    assert "\n" not in str(error.value) and not os.path.exists(WITNESS)
+
+
+def test_arrays_of_old_programs_and_in_other_orders():
+    for name, pickled, wanted in (
+            ("old", array(b"f8", b"K\1\x85", b"S'\\x00\\x00\\x00\\x00\\x00\\x00\\xf8?'\n"), np.array([1.5])),
+            ("text", pickle.dumps(np.array(["é", "ab"])), np.array(["é", "ab"])),
+            ("fortran", pickle.dumps(np.arange(6.0).reshape(2, 3).T), np.arange(6.0).reshape(2, 3).T),
+            ("big", pickle.dumps(np.arange(3, dtype=">i4")), np.arange(3))):
+        with open(name, "wb") as file:
+            file.write(pickled.removesuffix(b".") + b".")
+        read = load_pickle(name)
+        np.testing.assert_array_equal(read, wanted)
+        assert type(pickle.loads(pickle.dumps(read))) is np.ndarray  # no class of ours goes into other files
+
+
+def test_lists_that_hold_themselves_are_no_numbers():
+    within = []
+    within += [within, within]
+    with open("self.pkl", "wb") as file:
+        pickle.dump(within, file)
+    with pytest.raises(InputError, match="is not of n x 2 numbers"):
+        numbers(load_pickle("self.pkl"), None, 2)
+    shared = [1.0, 2.0]
+    for _ in range(60):
+        shared = [shared, shared]
+    with pytest.raises(InputError, match="a pose is not of 2 x 2 numbers"):
+        numbers(shared, 2, 2, what="a pose")
+    np.testing.assert_array_equal(numbers([(1, np.float32(2))], None, 2), [[1, 2]])
+
+
+def test_headers_and_zip_files_take_no_more_memory_than_they_may():
+    np.savez_compressed("bomb.npz", a=np.zeros(3 * 10 ** 7))
+    np.savez("huge.npz", a=np.zeros(3))
+    data = open("huge.npz", "rb").read()
+    with zipfile.ZipFile("huge.npz", "w") as archive:
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"shape": (2 ** 40,), "fortran_order": False, "descr": "<f8"})
+        archive.writestr("a.npy", stream.getvalue() + b"\0" * 24)
+    for name, content in (("flipped.npz", data[:150] + b"\xff" + data[151:]), ("cut.npz", data[:100])):
+        open(name, "wb").write(content)
+    for name, message in (("bomb.npz", "40 times its size"), ("huge.npz", "no 24 bytes"), ("flipped.npz", "damaged"),
+                          ("cut.npz", "damaged")):
+        with pytest.raises(InputError, match=message):
+            load_npz(name)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_data_of_every_protocol_is_read(protocol):
     value = {"list": [(0, 1), (2, 3)], "array": np.arange(6.0).reshape(2, 3), "scalar": np.float32(0.5), "none": None,
@@ -113,6 +210,49 @@ def test_damaged_and_foreign_files_are_named():
                           ("missing.npz", "not found")):
         with pytest.raises(InputError, match=message):
             load_scene_info(name)
+
+
+def broken(**values):
+    """A scene_info whose first of two images has these values."""
+    info = scene_info()
+    info["image_paths"][1] = info["depth_paths"][1] = "b"
+    info["depth_paths"][0] = "a.h5"
+    info["poses"] = objects(np.eye(4), np.eye(4))
+    for name, value in values.items():
+        info[name][0] = value
+    return info
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"intrinsics": np.zeros((3, 3))}, "intrinsics are no camera matrix"),
+    ({"intrinsics": np.full((3, 3), np.nan)}, "no camera matrix"),
+    ({"intrinsics": np.eye(4)}, "intrinsics is not of 3 x 3 numbers"), ({"intrinsics": "f"}, "is not of"),
+    ({"poses": np.diag([1, 1, -1.0, 1])}, "the pose is no rotation"), ({"poses": np.zeros((4, 4))}, "the pose is no"),
+    ({"poses": np.full((4, 4), np.inf)}, "the pose is no"), ({"poses": {}}, "pose is not of 4 x 4 numbers"),
+    ({"image_paths": "../a.jpg"}, "'../a.jpg'"), ({"image_paths": 7}, "a path is no text"),
+    ({"depth_paths": "/etc/a.h5"}, "/etc/a.h5"), ({"points3D_id_to_2D": [1]}, "3D points"),
+    ({"points3D_id_to_2D": {"a": [1, 2]}}, "3D points"), ({"points3D_id_to_2D": {2 ** 64: [1, 2]}}, "3D points"),
+])
+def test_an_image_that_cannot_be_used_is_left_out_and_named(values, message):
+    write_scene_info("0.npz", broken(**values))
+    info = load_scene_info("0.npz")
+    assert info["image_paths"].tolist() == [None, "b"] and info["poses"][0] is None
+    [(name, why)] = info["left_out"]
+    assert message in why and name == str(values.get("image_paths", "Undistorted_SfM/0000/images/a.jpg"))
+    assert candidate_pairs(info).shape == (0, 2)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"overlap_matrix": np.ones((3, 3))}, r"overlap_matrix is \(3, 3\), for 2 images"),
+    ({"overlap_matrix": objects("a", "b")}, "overlap_matrix is"),
+    ({"poses": [np.eye(4)]}, "poses is missing, or not for"),
+    ({"angles": np.array([["a", "b"]] * 2)}, "angles is not of 2 x 2 numbers"), ({"image_paths": []}, "for 0 images"),
+    ({"intrinsics": [np.zeros((3, 3))] * 2}, "has no image that can be used; the first: .*no camera"),
+])
+def test_a_scene_info_that_is_wrong_as_a_whole(values, message):
+    write_scene_info("0.npz", {**broken(), **values})
+    with pytest.raises(InputError, match=message):
+        load_scene_info("0.npz")
 
 
 def test_scenes_are_listed_and_missing_ones_named(tmp_path):

@@ -6,6 +6,7 @@ and what else is needed to go on.
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,11 +15,17 @@ from nets import SuperPoint, build_matcher
 from tools.cli import InputError
 from tools.features import DESCRIPTOR_DIM
 from tools.files import atomic_path
+from tools.safe_pickle import STAND_INS
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 SUPERPOINT = "superpoint_v1.pth"
 DEMO = Path("runs/demo/imp/latest.pth")  # what `make demo` trains
-TOLD = ("ac_fn", "with_sinkhorn", "sinkhorn_iterations", "n_min_tokens")  # by `config`, as weights do not show it
+# what `config` tells of a network, as weights do not show it, and which values can be
+TOLD = {"ac_fn": lambda value: str(value) in ("relu", "gelu", "lrelu"),
+        "with_sinkhorn": lambda value: type(value) is bool,
+        "sinkhorn_iterations": lambda value: type(value) is int and 0 <= value <= 1000,
+        "n_min_tokens": lambda value: type(value) is int and 0 <= value < 2 ** 31}
+MAX_LAYERS = 200
 
 
 def save_checkpoint(path, content: dict) -> None:
@@ -28,14 +35,18 @@ def save_checkpoint(path, content: dict) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> dict:
-    """Read a checkpoint file -> dict whose entry `model` is a state dict; a bare state dict is taken as `model`.
+    """Read a checkpoint file -> dict whose entry `model` is a state dict.
 
-    InputError if it is missing, damaged, no checkpoint, or would run code.
+    `state_dict`, `model_state_dict` and a bare state dict are taken as `model`, and a prefix that all its keys share is
+    taken off. Numbers and arrays of NumPy beside it are read. InputError if the file is missing, damaged, no
+    checkpoint, or would run code.
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        _check_zip(path)
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+            content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever a damaged file makes of torch's readers
@@ -46,14 +57,30 @@ def load_checkpoint(path, device="cpu") -> dict:
                              "file of weights alone") from None
         raise InputError(f"{path} is not a readable checkpoint: it is damaged, incomplete or something else; get it "
                          "again") from None
-    if isinstance(content, dict) and content and all(torch.is_tensor(value) for value in content.values()):
-        content = {"model": content}
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
-    for key, value in content["model"].items():
-        if not torch.is_tensor(value):
-            raise InputError(f"{path} is not a checkpoint: {key} in its entry 'model' is no tensor")
-    return content
+    if content and all(torch.is_tensor(value) for value in content.values()):
+        content = {"model": content}
+    entry = next((name for name in ("model", "state_dict", "model_state_dict")
+                  if isinstance(content.get(name), dict)), None)
+    if entry is None:
+        raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
+    state = content.pop(entry)
+    for key, value in state.items():
+        if not isinstance(key, str) or not torch.is_tensor(value) or value.layout != torch.strided:
+            raise InputError(f"{path} is not a checkpoint: {str(key)[:100]} in its entry '{entry}' is no tensor")
+    # wrappers put their own name before all keys: DistributedDataParallel "module", torch.compile "_orig_mod"
+    while len(first := {key.partition(".")[0] for key in state}) == 1 and not first & state.keys():
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return {**content, "model": state}
+
+
+def _check_zip(path) -> None:
+    """Raise ValueError for a checkpoint that takes far more memory than its file; torch's are not compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 4 * Path(path).stat().st_size:
+                raise ValueError("too much in too small a file")
 
 
 def describe_weights(state: dict) -> dict:
@@ -72,7 +99,7 @@ def describe_weights(state: dict) -> dict:
         norm_fn = "bn" if "gnn.layers.0.mlp.1.weight" in state else "in"
     # up to three iterations, nothing is shared and the three networks are one
     network = "imp" if shares or n_layers <= 3 else "gm"
-    return {"network": network, "descriptor_dim": projections[0].shape[0], "n_layers": n_layers,
+    return {"network": network, "descriptor_dim": (*projections[0].shape, 0)[0], "n_layers": n_layers,
             "norm_fn": norm_fn}
 
 
@@ -93,6 +120,13 @@ def load_weights(module: torch.nn.Module, state: dict, path) -> None:
     module.load_state_dict(state, strict=True)
 
 
+def _check_finite(module: torch.nn.Module, path) -> None:
+    broken = [key for key, value in module.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(f"{path} is of no use: {broken[0]} has values that are not finite; its training diverged, or "
+                         "the file is damaged")
+
+
 def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **options):
     """Build the matcher that a checkpoint holds, in evaluation mode on `device`.
 
@@ -104,6 +138,8 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     if "n_layers" not in found:
         what = found.get("network") or f"its first key is {next(iter(content['model']), None)}"
         raise InputError(f"{path} holds no matcher, as it has no final_proj weights ({what})")
+    if found["n_layers"] > MAX_LAYERS:
+        raise InputError(f"{path} holds {found['n_layers']} iterations, more than {MAX_LAYERS}")
     if found["descriptor_dim"] != descriptor_dim:
         raise InputError(f"{path} is for descriptors of {found['descriptor_dim']} channels, not {descriptor_dim}: "
                          "check --feature_type")
@@ -112,9 +148,13 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     config = content.get("config")
     config = config if isinstance(config, dict) else {}
     settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
-    settings.update({key: config[key] for key in TOLD if key in config})
+    for key in TOLD.keys() & config.keys():
+        if not TOLD[key](config[key]):
+            raise InputError(f"{path} is damaged: its config says {key} {str(config[key])[:50]}")
+        settings[key] = config[key]
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
+    _check_finite(matcher, path)
     return matcher.float().eval().to(device)
 
 
@@ -129,6 +169,7 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
                          f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
     network = SuperPoint(**options)
     load_weights(network, load_checkpoint(path)["model"], path)
+    _check_finite(network, path)
     return network.eval().to(device)
 
 

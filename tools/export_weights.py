@@ -20,7 +20,7 @@ def export_weights(checkpoint, path, scenes: list[str] | None = None) -> None:
     """
     content = load_checkpoint(checkpoint)
     config = content.get("config")
-    if not isinstance(config, dict) or "step" not in content:
+    if not isinstance(config, dict) or "step" not in content or not {"network", "feature"} <= config.keys():
         raise InputError(f"{checkpoint} was not written by train.py: it does not say how it was trained")
     model = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
     too_large = [name for name, value in model.items() if not torch.isfinite(value).all()]

@@ -1,13 +1,16 @@
 """D2-Net's scene_info files (SPEC 2): what is known of the images of one scene, and which of them overlap."""
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tools.cli import InputError
-from tools.files import atomic_path
-from tools.safe_pickle import load_npz
+from tools.cli import InputError, reason
+from tools.files import atomic_path, below
+from tools.geometry import colmap_to_opencv_K, relative_pose
+from tools.pair_list import Pair
+from tools.safe_pickle import load_npz, numbers
 
 OBJECT_FIELDS = (
     "image_paths", "depth_paths", "intrinsics", "poses", "n_points3D", "points3D_id_to_2D", "points3D_id_to_ndepth",
@@ -17,18 +20,71 @@ MIN_OVERLAP, MAX_OVERLAP = 0.1, 0.8
 MIN_SHARED_POINTS = 20
 
 
-def load_scene_info(path) -> dict:
-    """Read a scene_info .npz -> dict of arrays, as in SPEC 2; K in COLMAP's pixel convention.
+def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
+    """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
+    K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
+    # a comparison with NaN is false
+    if not (np.abs(K).max() < 1e9 and min(K[0, 0], K[1, 1], np.linalg.det(K)) > 1e-6 and (K[2] == [0, 0, 1]).all()):
+        raise InputError("the intrinsics are no camera matrix")
+    R = pose[:3, :3]
+    if not (np.abs(pose).max() < 1e12 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2 and np.linalg.det(R) > 0
+            and (pose[3] == [0, 0, 0, 1]).all()):
+        raise InputError("the pose is no rotation and translation")
+    return K, pose
 
-    Raises InputError if the file is missing, damaged, lacks a field, or holds pickled objects other than arrays,
-    dicts, lists and numbers.
+
+def check_name(name) -> str:
+    """A path from a file that is relative to the root of a data set; InputError if it leads out of it."""
+    if not isinstance(name, str):
+        raise InputError("a path is no text")
+    below(".", name)
+    return str(name)
+
+
+def load_scene_info(path) -> dict:
+    """Read a scene_info .npz -> dict of arrays by the names of OBJECT_FIELDS and MATRIX_FIELDS that are there.
+
+    intrinsics and poses are float64, K in COLMAP's pixel convention. An image whose paths, K, pose or points cannot be
+    used has None for them all, and is in the entry `left_out`: [[name, reason]], which is there if there are such.
+    InputError if the file is missing, damaged, lacks a field, holds pickled objects other than arrays, dicts, lists and
+    numbers, or has no image that can be used.
     """
     info = load_npz(path)
-    missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix")
-               if name not in info]
+    missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
+                                 "points3D_id_to_2D") if name not in info]
     if missing:
         raise InputError(f"{path} is no scene_info file: it lacks {', '.join(missing)}")
-    return info
+    n = len(np.atleast_1d(info["image_paths"]))
+    for name in MATRIX_FIELDS:
+        if name in info:
+            if np.shape(info[name]) != (n, n):
+                raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
+            info[name] = numbers(info[name], n, n, what=f"{path}: {name}")
+    for name in OBJECT_FIELDS:
+        if name in info:
+            values = info[name]
+            if not isinstance(values, (np.ndarray, list)) or np.ndim(values) == 0 or len(values) != n:
+                raise InputError(f"{path}: {name} is missing, or not for {n} images")
+            info[name] = np.fromiter(values, object, n)
+    left_out = []
+    for i in range(n):
+        try:
+            for name in ("image_paths", "depth_paths"):
+                info[name][i] = None if info[name][i] is None else check_name(info[name][i])
+            if info["intrinsics"][i] is not None and info["poses"][i] is not None:
+                info["intrinsics"][i], info["poses"][i] = check_camera(info["intrinsics"][i], info["poses"][i])
+            points = info["points3D_id_to_2D"][i]
+            if not isinstance(points, (dict, type(None))) or not all(
+                    isinstance(id, (int, np.integer)) and 0 <= id < 2 ** 63 for id in points or ()):
+                raise InputError("its 3D points are no dict by number")
+        except InputError as error:
+            left_out.append([str(info["image_paths"][i]), str(error)])
+            for name in OBJECT_FIELDS:
+                if name in info:
+                    info[name][i] = None
+    if left_out and len(left_out) == n:
+        raise InputError(f"{path} has no image that can be used; the first: {left_out[0][1]}")
+    return {**info, "left_out": left_out} if left_out else info
 
 
 def write_scene_info(path, info: dict) -> None:
@@ -83,11 +139,33 @@ def candidate_pairs(info: dict) -> np.ndarray:
     return np.argwhere(wanted & (shared >= MIN_SHARED_POINTS))
 
 
-def check_scene_info(info: dict, path) -> None:
-    """Raise InputError, naming the file, if `candidate_pairs` cannot use what load_scene_info read."""
-    n = len(info["image_paths"])
-    if np.shape(info["overlap_matrix"]) != (n, n):
-        raise InputError(f"{path}: overlap_matrix is {np.shape(info['overlap_matrix'])}, for {n} images")
-    for name in ("depth_paths", "intrinsics", "poses", "points3D_id_to_2D"):
-        if name not in info or len(info[name]) != n:
-            raise InputError(f"{path}: {name} is missing, or not for {n} images")
+def read_megadepth1500(folder) -> list[Pair]:
+    """The pairs of MegaDepth-1500 from its files `<scene>_<min>_<max>.npz` in a folder, file by file.
+
+    A pair that cannot be used is left out, and counted on stderr. InputError if a file cannot be read, or has no pair.
+    """
+    paths = sorted(Path(folder).glob("*_*_*.npz"))
+    if not paths:
+        raise InputError(f"no files of MegaDepth-1500 in {folder}: expected 0015_0.1_0.3.npz and four more")
+    return [pair for path in paths for pair in _read_pair_infos(path)]
+
+
+def _read_pair_infos(path) -> list[Pair]:
+    info, pairs, left_out = load_npz(path), [], []
+    fields = ("image_paths", "intrinsics", "poses", "pair_infos")
+    if not isinstance(info, dict) or not all(isinstance(info.get(name), (list, np.ndarray)) for name in fields):
+        raise InputError(f"{path} is no file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
+    for entry in info["pair_infos"]:
+        try:
+            i, j = numbers(entry[0], 2, what="a pair").astype(int)
+            (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
+            names = [check_name(info["image_paths"][k]) for k in (i, j)]
+            pairs.append(Pair(*names, 0, 0, colmap_to_opencv_K(K0), colmap_to_opencv_K(K1),
+                              relative_pose(pose0, pose1)))
+        except Exception as error:
+            left_out.append(reason(error))
+    if not pairs:
+        raise InputError(f"{path} has no pair of MegaDepth-1500 that can be used: {(left_out or ['it is empty'])[0]}")
+    if left_out:
+        print(f"note: {path}: {len(left_out)} pairs are left out; the first: {left_out[0]}", file=sys.stderr)
+    return pairs

@@ -5,6 +5,7 @@ each odd one: 2 views make 1 pair, 4 make 4, 6 make 9. A view is a function of t
 not matter who makes it.
 """
 import functools
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from tools.correspondences import depth_at
 from tools.features import build_extractor
 from tools.files import read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
-from tools.scene_info import candidate_pairs, check_scene_info, list_scenes, load_scene_info
+from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 from training.data import Draws, Labels, Pair
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
 
@@ -164,7 +165,8 @@ class SceneSource:
         self.infos = {}
         for scene, path in tqdm(list_scenes(base_path, scene_list).items(), "scenes", leave=False, disable=None):
             info = load_scene_info(path)
-            check_scene_info(info, path)
+            for name, why in info.get("left_out", []):
+                print(f"note: {path}: {name} is left out: {why}", file=sys.stderr)
             pairs = candidate_pairs(info)
             if len(pairs):
                 # the 3D points, which are most of it, are not needed any more
