@@ -8,7 +8,7 @@ The file has one group per quantity, and in each one dataset per pair, named by 
     K1 K2              (3, 3) float64, OpenCV's pixel convention, for the images as stored
     R T                (3, 3) and (3,) float64: camera 1 -> camera 2, T in the raw data's unit of length
     e f                (3, 3) float64: essential matrix [T]_x R and fundamental matrix; x2^T e x1 = 0
-    img_path1 img_path2    string, relative to raw_data_dir
+    img_path1 img_path2    (1,) string, relative to raw_data_dir; a single string in older files
     kpt1 kpt2          (N, 3) float32: x, y in pixels of the image as stored, and the score
     desc1 desc2        (N, D) float32
     size1 size2        (2,) int32: w, h
@@ -30,6 +30,7 @@ Memory: per worker one image with its depth map; one image's features, and a few
 """
 import argparse
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -44,23 +45,35 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from dump.cameras import is_camera_matrix, is_rigid, read_matrix
 from dump.report import peak_memory_mb, print_rates, report_verified, why, write_report
 from dump.shards import parse_shard, under_torchrun, wait_for_all
 from dump.workers import (
     available_cores,
     batches_of,
+    check_name,
     each_image,
     extractor,
-    header_size,
+    is_whole,
     stop_on_sigterm,
     weights_of,
     worker_pool,
 )
-from tools.cli import InputError, report_skipped, run
+from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_yaml
 from tools.correspondences import depth_at
 from tools.features import DESCRIPTOR_DIM, Features
-from tools.files import atomic_path, read_depth, read_image, read_lines
+from tools.files import (
+    atomic_path,
+    below,
+    check_folder,
+    hdf5_array,
+    header_size,
+    open_hdf5,
+    read_depth,
+    read_image,
+    read_lines,
+)
 from tools.geometry import essential_matrix, make_pose, relative_pose, resize_keypoints
 from tools.locks import locked
 from tools.manifest import check_settings, claim
@@ -80,12 +93,15 @@ DEFAULTS = {
     "pair_list": None,  # scannet: `scene/img/a.jpg scene/img/b.jpg` lines, or a pair list with ground truth
     "resize": [],  # []: full size; [longer side]; [w, h]
     "extractor": {},
+    "workers": 0,  # processes; 0: one per core
 }
 EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
     "sift": {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False},
     "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
+PART_FIELDS = ("size", "kpt", "desc", "depth_problem")  # and "depth" if there is one
+BYTES_PER_PAIR = 8192  # about what a pair takes in the HDF5 file besides its images
 
 
 @dataclass(frozen=True)
@@ -107,13 +123,68 @@ class ViewTask:
     config: dict
 
 
+ORIGINAL_KEYS = {"data_name": "dataset", "rawdata_dir": "raw_data_dir", "data_seq": "scenes", "pair_list": "pair_list"}
+ORIGINAL_UNUSED = {"feature_dump_dir", "overwrite", "extract"}
+ORIGINAL_FEATURES = {"sp": "spp", "root": "sift"}
+
+
+def from_original(values: dict, source: str) -> dict:
+    """The original's evaluation YAML in our keys, `workers` among them; InputError for a key that it does not have."""
+    def unknown(key):
+        return InputError(f"{source}: unknown key {key!r} in a configuration with data_name (the original's form)")
+
+    config, unused = {"extractor": {}}, []
+    for key, value in values.items():
+        if key in ORIGINAL_KEYS:
+            config[ORIGINAL_KEYS[key]] = value
+        elif key == "data_split":
+            if value not in ("test", ["test"]):
+                raise InputError(f"{source}: data_split {value!r}: only ['test'] is known")
+        elif key in ORIGINAL_UNUSED:
+            unused.append(key)
+        elif key not in ("dataset_dump_dir", "extractor"):
+            raise unknown(key)
+    extractor_values = values.get("extractor") or {}
+    if not isinstance(extractor_values, dict):
+        raise InputError(f"{source}: extractor should hold keys and values, not {extractor_values!r}")
+    for key, value in extractor_values.items():
+        if key == "name":
+            config["feature_type"] = ORIGINAL_FEATURES.get(value, value)
+        elif key == "num_kpt":
+            config["extractor"]["max_keypoints"] = value
+        elif key == "resize":
+            sides = [] if value in (None, -1, [-1]) else value if isinstance(value, list) else [value]
+            config["resize"] = sides[::-1]  # height first
+        elif key == "num_process":
+            config["workers"] = value
+        elif key == "det_th" and extractor_values.get("name") in ("root", "sift"):
+            config["extractor"]["contrast_threshold"] = value
+        elif key == "det_th":
+            print(f"note: {source}: det_th has no effect on sp, as in the original: keypoint_threshold is "
+                  f"{EXTRACTOR_DEFAULTS['spp']['keypoint_threshold']}", file=sys.stderr)
+        elif key in ORIGINAL_UNUSED:
+            unused.append(key)
+        else:
+            raise unknown(f"extractor.{key}")
+    if values.get("dataset_dump_dir"):
+        name = f"{values['data_name']}_{extractor_values.get('name')}_{extractor_values.get('num_kpt')}.hdf5"
+        config["output"] = str(Path(str(values["dataset_dump_dir"]), name))
+    if unused:
+        print(f"note: {source}: not needed here and ignored: {', '.join(unused)}", file=sys.stderr)
+    return config
+
+
 def load_config(path, arguments: list[str]) -> dict:
     """Defaults, overlaid by a YAML file and by `--key value` arguments; `--extractor.max_keypoints 500` reaches in.
 
+    A YAML file of the original's form is read, too; its num_process is our `workers`.
     Raises InputError for a key that is unknown, naming the nearest known one, of the wrong type, or missing.
     """
     config, extractor_values = dict(DEFAULTS), []
-    for values, source in ((read_yaml(path), str(path)), (parse_overrides(arguments), "command line")):
+    file = read_yaml(path)
+    if "data_name" in file:
+        file = from_original(file, str(path))
+    for values, source in ((file, str(path)), (parse_overrides(arguments), "command line")):
         nested = values.pop("extractor", None) or {}
         if not isinstance(nested, dict):
             raise InputError(f"{source}: extractor should hold keys and values, not {nested!r}")
@@ -136,6 +207,8 @@ def load_config(path, arguments: list[str]) -> dict:
         raise InputError(f"scenes {config['scenes']}: expected names; put quotes round a name of digits")
     if len(config["resize"]) > 2 or not all(type(side) is int and side > 0 for side in config["resize"]):
         raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
+    if config["workers"] < 0:
+        raise InputError(f"workers must be at least 1, not {config['workers']}")
     config["extractor"] = EXTRACTOR_DEFAULTS[config["feature_type"]]
     for nested, source in extractor_values:
         config["extractor"] = overlay(config["extractor"], nested, source)
@@ -152,12 +225,15 @@ def _yfcc_scene(raw_data_dir, scene) -> list[tuple[View, View]]:
     if not lists:
         raise InputError(f"no {scene}-te-1000-pairs.pkl in {Path(raw_data_dir, 'pairs')}")
     path = next((path for path in lists if path.name == f"{scene}-te-1000-pairs.pkl"), lists[0])
+    content = load_pickle(path)
     try:
-        pairs = np.array(load_pickle(path), dtype=np.int64).reshape(-1, 2)
-    except (ValueError, TypeError) as error:
+        pairs = np.array(content).reshape(len(content), -1)
+    except Exception as error:  # ragged, for one
         raise InputError(f"{path} is no list of pairs of image numbers: {error}") from None
-    if len(pairs) and not 0 <= pairs.min() <= pairs.max() < len(images):
-        raise InputError(f"{path} names image {pairs.max()} of {len(images)}")
+    if len(content) and (pairs.dtype.kind not in "iu" or pairs.shape[1] != 2):
+        raise InputError(f"{path} is no list of pairs of image numbers")
+    if len(content) and not 0 <= pairs.min() <= pairs.max() < len(images):
+        raise InputError(f"{path} names image {pairs.max() if pairs.min() >= 0 else pairs.min()} of {len(images)}")
     views = [View(str(root / image), (str(root / camera),), (str(root / "depths" / f"{PurePosixPath(image).stem}.h5"),))
              for image, camera in zip(images, cameras)]
     return [(views[i], views[j]) for i, j in pairs]
@@ -172,30 +248,28 @@ def yfcc_pairs(raw_data_dir, scenes: list[str]) -> list[tuple[View, View]]:
     return [pair for scene in scenes for pair in _yfcc_scene(raw_data_dir, scene)]
 
 
-def _scannet_view(name, pair_list) -> View:
+def _scannet_view(name) -> View:
     original = re.fullmatch(r"(?:.*/)?(scene\d+_\d+)/sens/frame-(\d+)\.color\.jpg", name)
     path = PurePosixPath(original[1], "img", f"{int(original[2])}.jpg") if original else PurePosixPath(name)
     if len(path.parts) < 3 or path.parent.name != "img":
-        raise InputError(f"{pair_list}: {name} is neither <scene>/img/<N>.jpg nor <scene>/sens/frame-<N>.color.jpg")
+        return View(name, (), ())  # _view_task says what is wrong
     beside = [str(path.parent.parent / folder / path.stem) for folder in ("intrinsic", "extrinsic", "depth")]
     return View(str(path), (f"{beside[0]}.txt", f"{beside[1]}.txt"), (f"{beside[2]}.png", f"{beside[2]}.h5"))
 
 
 def scannet_pairs(pair_list) -> list[tuple[View, View]]:
     """Pairs of SGMNet's packaging (SPEC 2) that a pair list names; cameras come from the raw data all the same."""
-    return [(_scannet_view(pair.image0, pair_list), _scannet_view(pair.image1, pair_list))
-            for pair in read_pair_list(pair_list)]
+    return [(_scannet_view(pair.image0), _scannet_view(pair.image1)) for pair in read_pair_list(pair_list)]
 
 
 def _yfcc_camera(raw_data_dir, view, image_size):
-    path = Path(raw_data_dir, view.camera_paths[0])
+    path = below(raw_data_dir, view.camera_paths[0])
     try:
-        with h5py.File(path, "r") as file:
-            K, R, T, imsize = (np.asarray(file[name][()], np.float64) for name in ("K", "R", "T", "imsize"))
-        pose = make_pose(R, T)
-        K = K.reshape(3, 3)
-        w, h = np.ravel(imsize)
-    except (OSError, KeyError, ValueError) as error:
+        with open_hdf5(path) as file:
+            K, R, T, imsize = (hdf5_array(file, name).astype(np.float64) for name in ("K", "R", "T", "imsize"))
+            K, pose = K.reshape(3, 3), make_pose(R.reshape(3, 3), T.reshape(3))
+            w, h = np.ravel(imsize)
+    except InputError as error:
         raise InputError(f"not a calibration file: {path} ({error})") from None
     if (w, h) != image_size:
         raise InputError(f"{path} is for an image of {w:g}x{h:g}, it is {image_size[0]}x{image_size[1]}")
@@ -204,19 +278,15 @@ def _yfcc_camera(raw_data_dir, view, image_size):
 
 
 def _scannet_camera(raw_data_dir, view, image_size):
-    intrinsic, extrinsic = (Path(raw_data_dir, path) for path in view.camera_paths)
-    try:
-        K = np.loadtxt(intrinsic)[:3, :3].reshape(3, 3)
-        pose = np.linalg.inv(np.loadtxt(extrinsic).reshape(4, 4))
-    except (OSError, ValueError, IndexError, np.linalg.LinAlgError) as error:
-        raise InputError(f"cannot read {intrinsic} and {extrinsic.parent.name}/{extrinsic.name}: {error}") from None
-    return K, pose
+    intrinsic, extrinsic = (below(raw_data_dir, path) for path in view.camera_paths)
+    pose = read_matrix(extrinsic, 4)
+    return read_matrix(intrinsic, 3, 4)[:3, :3], np.linalg.inv(pose) if is_rigid(pose) else pose
 
 
 def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, int]):
     """(K (3, 3) in OpenCV's convention, pose (4, 4) world-to-camera) of a view; InputError if they cannot be used."""
     K, pose = (_yfcc_camera if dataset == "yfcc" else _scannet_camera)(raw_data_dir, view, image_size)
-    if not (np.isfinite(K).all() and np.isfinite(pose).all() and K[0, 0] > 0 and K[1, 1] > 0):
+    if not (is_camera_matrix(K) and is_rigid(pose)):
         raise InputError(f"camera not usable: {' '.join(view.camera_paths)}")
     return K, pose
 
@@ -231,25 +301,22 @@ def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
 
 def load_view(task: ViewTask):
     """(image at the size of the config (H, W) uint8, (w, h) as stored, depth map or None, what is wrong with that or
-    None); a string if the image is unreadable."""
-    try:
-        image = read_image(Path(task.raw_data_dir, task.view.image_path))
-    except (InputError, cv2.error) as error:
-        return str(error)
+    None); InputError if the image is unreadable."""
+    image = read_image(below(task.raw_data_dir, task.view.image_path))
     h, w = image.shape
     size = resized((w, h), task.config["resize"])
     if size != (w, h):
         # linear, also when shrinking: what the published results were made with
         image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    path = next((path for path in task.view.depth_paths if Path(task.raw_data_dir, path).is_file()), None)
+    path = next((path for path in task.view.depth_paths if below(task.raw_data_dir, path).exists()), None)
     if path is None:
         return image, (w, h), None, None
     try:
-        depth = read_depth(Path(task.raw_data_dir, path))
-        if abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
+        depth = read_depth(below(task.raw_data_dir, path))
+        if not depth.size or abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
             raise InputError(f"depth map {path} is of another shape than its image")
-    except InputError as error:
-        return image, (w, h), None, str(error)
+    except Exception as error:
+        return image, (w, h), None, reason(error)
     return image, (w, h), depth, None
 
 
@@ -278,23 +345,37 @@ def _extracted_size(task: ViewTask):
 
 
 def _part_path(parts, view):
-    return Path(parts, f"{view.image_path}.npy")
+    return check_name(below(parts, f"{view.image_path}.npy"))
+
+
+def _view_task(config, view, parts) -> ViewTask:
+    """InputError if the view's names cannot be used."""
+    if not view.camera_paths:
+        raise InputError(f"{view.image_path} is neither <scene>/img/<N>.jpg nor <scene>/sens/frame-<N>.color.jpg")
+    for path in (*view.camera_paths, *view.depth_paths):
+        below(config["raw_data_dir"], path)
+    return ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config)
 
 
 def _extract(views, config, parts, recipe, workers, shard) -> tuple[dict, int, int]:
     """Make the parts that are not there -> ({view that cannot be used: why}, number of images, of missing parts)."""
-    tasks = [ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config) for view in views]
-    there = {task.part_path for task in tasks if task.part_path.exists()}
+    tasks, unusable = [], {}
+    for view in views:
+        try:
+            tasks.append(_view_task(config, view, parts))
+        except InputError as error:
+            unusable[view] = str(error)
+    there = {task.part_path for task in tasks if is_whole(task.part_path, PART_FIELDS)}
     batches = batches_of(tasks, recipe, _extracted_size, shard)
     own = [task for batch in batches for task in batch]
-    unusable, n_missing = {}, sum(task.part_path not in there for task in own)
+    n_missing = sum(task.part_path not in there for task in own)
     with worker_pool(workers) as pool:
         results = each_image(pool, workers, recipe, batches, lambda task: task.part_path in there, load_view,
                              finish_view)
         for task, problem in tqdm(results, "images", len(own), initial=len(own) - n_missing, disable=None):
             if problem:
                 unusable[task.view] = problem
-    return unusable, len(own), n_missing
+    return unusable, len(own) + len(views) - len(tasks), n_missing
 
 
 def _write_pair(file, number, view1, view2, cameras):
@@ -303,7 +384,8 @@ def _write_pair(file, number, view1, view2, cameras):
     e = essential_matrix(T_1to2)
     f = np.linalg.inv(K2).T @ e @ np.linalg.inv(K1)
     values = {"K1": K1, "K2": K2, "R": T_1to2[:3, :3], "T": T_1to2[:3, 3], "e": e, "f": f,
-              "img_path1": view1.image_path, "img_path2": view2.image_path}
+              # of one element, as readers made for the original's files expect
+              "img_path1": [view1.image_path], "img_path2": [view2.image_path]}
     for name, value in values.items():
         file[f"{name}/{number}"] = value
     for side, view in (("1", view1), ("2", view2)):
@@ -327,19 +409,37 @@ def _read_finished(path, settings) -> dict:
         with h5py.File(path, "r") as file:
             made = {**file.attrs, "settings": json.loads(file.attrs["settings"])}
             counts, skipped = (json.loads(file[name].asstr()[()]) for name in ("counts", "skipped"))
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is there but no finished dump ({error}): delete it, or change output") from None
+    except Exception as error:
+        raise InputError(f"{path} is there but no finished dump ({describe_error(error)}): delete it, or change output"
+                         ) from None
     check_settings({name: value.item() if isinstance(value, np.generic) else value for name, value in made.items()},
                    settings, path)
     return {**counts, "skipped": skipped, "images_per_second": None, "pairs_per_second": None}
+
+
+@contextlib.contextmanager
+def _new_hdf5(path):
+    """An HDF5 file to write; what HDF5 says when that fails is an OSError."""
+    try:
+        with h5py.File(path, "w") as file:
+            yield file
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
 
 
 def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict, list]:
     """Write the HDF5 file from the parts -> (counts, [(image, why it was left out)]), which it holds, too."""
     for stray in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         stray.unlink()
+    # h5py cannot recover from a full disk: it would crash
+    needed = sum(_part_path(parts, view).stat().st_size for view in views if view not in unusable) \
+        + BYTES_PER_PAIR * len(pairs)
+    if shutil.disk_usage(output.parent).free < needed:
+        raise OutputError(errno.ENOSPC, f"No space left on device: {needed / 1e6:.0f} MB are needed", str(output))
     cameras, depth_problems = {}, []
-    with atomic_path(output) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(output) as temporary, _new_hdf5(temporary) as file:
         for view in tqdm(views, "images written", disable=None):
             if view in unusable:
                 continue
@@ -347,8 +447,8 @@ def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict
             try:
                 cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view,
                                             tuple(part["size"].tolist()))
-            except InputError as error:
-                unusable[view] = str(error)
+            except Exception as error:
+                unusable[view] = reason(error)
                 continue
             if part["depth_problem"]:
                 depth_problems.append((view.image_path, part["depth_problem"]))
@@ -358,7 +458,7 @@ def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict
         good = [pair for pair in pairs if not unusable.keys() & set(pair)]
         if not good:
             raise InputError(f"none of {len(pairs)} pairs in {config['raw_data_dir']} can be used"
-                             + "".join(f"; {reason}" for reason in list(unusable.values())[:1]))
+                             + "".join(f"; {problem}" for problem in list(unusable.values())[:1]))
         for number, pair in enumerate(tqdm(good, "pairs written", disable=None)):
             _write_pair(file, number, *pair, cameras)
         uses = Counter(view for pair in pairs for view in set(pair))
@@ -391,6 +491,7 @@ def dump_eval(config: dict, workers: int = 1, device: str = "auto", shard=None) 
         pairs = yfcc_pairs(raw_data_dir, config["scenes"])
     else:
         pairs = scannet_pairs(config["pair_list"])
+    check_folder(output.parent)
     views = sorted({view for pair in pairs for view in pair}, key=lambda view: view.image_path)
     parts = Path(f"{output}.parts")
     busy = f"another process writes {output}: wait for it, or give each its own --shard"
@@ -453,11 +554,12 @@ def verify_eval(path) -> tuple[int, list]:
                 pair = {name: file[name][str(number)] for name in [*groups, *links]}
                 problems += _shape_problems(f"pair {number}", pair, groups)
                 for side in (1, 2):
-                    image = file["images"].get(pair[f"img_path{side}"].asstr()[()], {})
+                    image = file["images"].get(np.ravel(pair[f"img_path{side}"].asstr()[()])[0], {})
                     problems += [(f"pair {number}", f"{name}{side} is not that of its image")
                                  for name in ("kpt", "desc", "size") if image.get(name) != pair[f"{name}{side}"]]
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is no finished dump, or damaged ({error}): delete it and run again") from None
+    except Exception as error:
+        raise InputError(f"{path} is no finished dump, or damaged ({describe_error(error)}): delete it and run again"
+                         ) from None
     return n_pairs, problems
 
 
@@ -478,7 +580,6 @@ def main(argv=None) -> int:
         epilog="Any key of the YAML file can be given as --KEY VALUE: "
                f"{', '.join(DEFAULTS)}; extractor settings as --extractor.max_keypoints 500.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/yfcc_eval_sift.yaml")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument("--device", default="auto", help="for spp: auto, cpu, cuda or cuda:N")
     parser.add_argument("--shard", metavar="I/N", help="just the features of each N-th image, I = 0 .. N-1; a run "
                                                        "without --shard joins them; torchrun's processes do all that")
@@ -488,17 +589,18 @@ def main(argv=None) -> int:
     config = load_config(args.config, others)
     if args.verify:
         return report_verified(*verify_eval(config["output"]), "pairs")
+    workers = config["workers"] or available_cores()
     stop_on_sigterm()
     started, shard = time.perf_counter(), parse_shard(args.shard)
     try:
-        report = dump_eval(config, args.workers, args.device, shard)
+        report = dump_eval(config, workers, args.device, shard)
         wait_for_all("features")
         if under_torchrun() and shard[0] == 0:
-            report = dump_eval(config, args.workers, args.device)
+            report = dump_eval(config, workers, args.device)
     except OSError as error:
         raise InputError(f"cannot write {config['output']}: {why(error)}; what is done is kept") from None
     output = Path(config["output"])
-    report |= {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(args.workers),
+    report |= {"seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(workers),
                "megabytes_per_image": output.stat().st_size / report["images"] / 1e6 if report["pairs"] else None}
     print_summary(output, report)
     if args.report:

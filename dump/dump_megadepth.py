@@ -26,7 +26,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -35,18 +34,19 @@ from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import (
     available_cores,
     batches_of,
+    check_name,
     each_image,
     extractor,
-    header_size,
     in_order,
+    is_whole,
     stop_on_sigterm,
     weights_of,
     worker_pool,
 )
-from tools.cli import InputError, report_skipped, run
+from tools.cli import InputError, reason, report_skipped, run
 from tools.correspondences import depth_at, match_by_projection
 from tools.features import DESCRIPTOR_DIM, Features
-from tools.files import read_depth, read_image, read_lines, write_json
+from tools.files import below, check_folder, header_size, read_depth, read_image, read_lines, write_json
 from tools.locks import InUse, locked
 from tools.manifest import (
     FORMAT,
@@ -122,16 +122,12 @@ class Work:
 
 
 def load_view(task: ImageTask):
-    """(image (H, W) uint8, depth (H, W) float32), or why they cannot be used, as a string."""
-    try:
-        image = read_image(Path(task.base_path, task.image_path))
-        depth = read_depth(Path(task.base_path, task.depth_path))
-    except (InputError, cv2.error) as error:
-        return str(error)
+    """(image (H, W) uint8, depth (H, W) float32); InputError if they cannot be used."""
+    image = read_image(below(task.base_path, task.image_path))
+    depth = read_depth(below(task.base_path, task.depth_path))
     if depth.shape != image.shape:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" if array.ndim == 2 else f"{array.shape}"
-                 for array in (depth, image)]
-        return f"depth map {task.depth_path} is {sizes[0]}, the image {sizes[1]}"
+        raise InputError(f"depth map {task.depth_path} is {depth.shape[1]}x{depth.shape[0]}, "
+                         f"the image {image.shape[1]}x{image.shape[0]}")
     return image, depth
 
 
@@ -182,15 +178,31 @@ def _remove_strays(save_path, scene):
             stray.unlink()
 
 
-def _matches_done(save_path, scene):
-    """How many match records there are from 0 on; records after a gap are removed, to be made again."""
-    numbers = np.zeros(0, np.int64)
+def _match_numbers(save_path, scene):
+    """Numbers of the match records that are there, sorted."""
     with contextlib.suppress(FileNotFoundError), os.scandir(match_path(save_path, scene, 0).parent) as entries:
         stems = (entry.name.removesuffix(".npy") for entry in entries)
-        numbers = np.sort(np.fromiter((int(stem) for stem in stems if stem.isdigit()), np.int64))
-    done = int(np.count_nonzero(numbers == np.arange(len(numbers))))
+        return np.sort(np.fromiter((int(stem) for stem in stems if stem.isdecimal()), np.int64))
+    return np.zeros(0, np.int64)
+
+
+def _is_complete(save_path, scene) -> bool:
+    """Whether a scene was finished and none of its records has been deleted since."""
+    if not scene_path(save_path, scene).is_file():
+        return False
+    counts = read_scene(save_path, scene)
+    n_images = sum(1 for _ in (Path(save_path) / "keypoints" / scene).glob("[!.]*.npy"))
+    return n_images >= counts["images"] and len(_match_numbers(save_path, scene)) >= counts["pairs"]
+
+
+def _matches_done(save_path, scene):
+    """How many whole match records there are from 0 on; those after a gap are removed, to be made again."""
+    numbers = _match_numbers(save_path, scene)
+    done = 0
+    while done < len(numbers) and numbers[done] == done and is_whole(match_path(save_path, scene, done), MATCH_FIELDS):
+        done += 1
     for number in numbers[done:]:
-        match_path(save_path, scene, number).unlink()
+        match_path(save_path, scene, number).unlink(missing_ok=True)
     return done
 
 
@@ -209,6 +221,19 @@ def _position_after(save_path, scene, done, pairs, image_paths):
     return same[0] + 1
 
 
+def _image_task(info, i, scene, base_path, save_path, recipe) -> ImageTask:
+    """The task of image i of a scene_info; InputError if its names or its camera cannot be used."""
+    image_path, depth_path = (str(info[name][i]) for name in ("image_paths", "depth_paths"))
+    for name in (image_path, depth_path):
+        below(base_path, name)
+    K, pose = (np.asarray(info[name][i], np.float64) for name in ("intrinsics", "poses"))
+    usable = K.shape == (3, 3) and pose.shape == (4, 4) and np.isfinite(K).all() and np.isfinite(pose).all()
+    if not usable or min(abs(np.linalg.det(K)), abs(np.linalg.det(pose))) == 0:
+        raise InputError("its intrinsics or pose cannot be used: they must be finite and invertible, 3x3 and 4x4")
+    record_path = check_name(keypoint_path(save_path, scene, image_path, recipe.feature_type))
+    return ImageTask(str(base_path), image_path, depth_path, K, pose, record_path, recipe)
+
+
 def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1,
                work: Work | None = None) -> dict:
     """Dump one scene, going on with what is there; return its counts, which are also OUT/scenes/<scene>.json.
@@ -223,28 +248,34 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     pairs = candidate_pairs(info)
     image_paths, overlap = info["image_paths"], np.float64(info["overlap_matrix"][tuple(pairs.T)])
     images = [int(i) for i in np.unique(pairs)]
-    record_paths = {i: keypoint_path(save_path, scene, image_paths[i], recipe.feature_type) for i in images}
-    if len(set(record_paths.values())) < len(images):
+    task_of, outcome = {}, {}  # the latter of each image: True for a record, False for too few keypoints, or a reason
+    for i in images:
+        try:
+            task_of[i] = _image_task(info, i, scene, base_path, save_path, recipe)
+        except Exception as error:
+            outcome[i] = reason(error)
+    record_paths = {i: task.record_path for i, task in task_of.items()}
+    index_of = {path: i for i, path in record_paths.items()}
+    if len(index_of) < len(record_paths):
         raise InputError(f"{info_path}: two images have the same file name, and would share a keypoint record")
-    tasks = [ImageTask(str(base_path), image_paths[i], info["depth_paths"][i],
-                       np.asarray(info["intrinsics"][i], np.float64), np.asarray(info["poses"][i], np.float64),
-                       record_paths[i], recipe) for i in images]
     del info  # its points are most of the memory
-    task_of = dict(zip(images, tasks))
 
-    outcome = {task.record_path: True for task in tasks if task.record_path.exists()}
-    n_missing = len(tasks) - len(outcome)
+    tasks = list(task_of.values())
+    done_before = {i for i, path in record_paths.items() if is_whole(path, KEYPOINT_FIELDS)}
+    outcome |= dict.fromkeys(done_before, True)
+    n_missing = len(tasks) - len(done_before)
     started = time.perf_counter()
     batches = batches_of(tasks, recipe.of_extractor, lambda task: header_size(Path(task.base_path, task.image_path)))
-    results = each_image(pool, workers, recipe.of_extractor, batches, lambda task: task.record_path in outcome,
-                         load_view, finish_view)
-    for task, result in tqdm(results, f"{scene} images", len(tasks), initial=len(outcome), leave=False, disable=None):
-        outcome[task.record_path] = result
+    results = each_image(pool, workers, recipe.of_extractor, batches,
+                         lambda task: index_of[task.record_path] in done_before, load_view, finish_view)
+    for task, result in tqdm(results, f"{scene} images", len(tasks), initial=len(done_before), leave=False,
+                             disable=None):
+        outcome[index_of[task.record_path]] = result
     work.images += n_missing
     work.image_seconds += (seconds := time.perf_counter() - started)
     print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)
 
-    left_out = [i for i in images if outcome[record_paths[i]] is not True]
+    left_out = [i for i in images if outcome[i] is not True]
     good = ~np.isin(pairs, left_out).any(axis=1)
     usable, overlap = pairs[good], overlap[good]
     done = _matches_done(save_path, scene)
@@ -272,7 +303,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     print(f", {len(usable) - position} pairs in {seconds:.1f} s, {done} valid")
 
     # from here on all follows from the data and the files, so that an interrupted run ends with the same
-    kept = [i for i in images if outcome[record_paths[i]] is True]
+    kept = [i for i in images if outcome[i] is True]
     without_depth = [i for i in kept if _read_view(record_paths[i])[1] <= MIN_WITH_DEPTH]
     few_with_depth = int(np.isin(usable, without_depth).any(axis=1).sum())
     keypoint_bytes = sum(record_paths[i].stat().st_size for i in kept)
@@ -284,8 +315,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
         "few_keypoints": sum(result is False for result in outcome.values()),
         "rejected": {"image_left_out": len(pairs) - len(usable), "few_keypoints_with_depth": few_with_depth,
                      "few_matches": len(usable) - few_with_depth - done},
-        "skipped": [[image_paths[i], outcome[record_paths[i]]] for i in left_out
-                    if outcome[record_paths[i]] is not False],
+        "skipped": [[str(image_paths[i]), outcome[i]] for i in left_out if outcome[i] is not False],
         "bytes": keypoint_bytes + sum(match_path(save_path, scene, k).stat().st_size for k in range(done)),
         "keypoint_bytes": keypoint_bytes,
     }
@@ -303,6 +333,7 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
+    check_folder(save_path)
     files = list_scenes(base_path, scenes)
     extractor(*recipe.of_extractor)  # bad settings must stop here, not in each scene
     claim(save_path, recipe.manifest())
@@ -312,15 +343,15 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
             try:
                 with locked(lock_path(save_path, scene), busy=f"another process writes scene {scene} of {save_path}: "
                                                               "wait for it, or give each its own --shard"):
-                    if scene_path(save_path, scene).is_file():
+                    if _is_complete(save_path, scene):
                         counts = read_scene(save_path, scene)
                     else:
                         counts = dump_scene(scene, info_path, base_path, save_path, recipe, pool, workers,
                                             summary["work"])
             except InUse:
                 raise
-            except InputError as error:
-                summary["skipped"].append((f"scene {scene}", str(error)))
+            except Exception as error:
+                summary["skipped"].append((f"scene {scene}", reason(error)))
                 continue
             summary["scenes"][scene] = counts
             summary["skipped"] += [(f"{scene} {name}", reason) for name, reason in counts["skipped"]]
@@ -417,8 +448,8 @@ def report_of(summary: dict, seconds: float, workers: int) -> dict:
 
     work, rejected = summary["work"], {}
     for scene in summary["scenes"].values():
-        for reason, n in scene["rejected"].items():
-            rejected[reason] = rejected.get(reason, 0) + n
+        for why_not, n in scene["rejected"].items():
+            rejected[why_not] = rejected.get(why_not, 0) + n
     return {
         "images": total("images"), "pairs_tried": total("candidate_pairs"), "pairs": total("pairs"),
         "rejected": rejected, "skipped": summary["skipped"], "seconds": seconds,
@@ -439,8 +470,8 @@ def print_summary(summary: dict, report: dict) -> None:
     print_rates(report)
     if few:
         print(f"{few} images have fewer keypoints than --min_keypoints")
-    for reason, n in report["rejected"].items():
-        print(f"pairs rejected, {reason.replace('_', ' ')}: {n}")
+    for why_not, n in report["rejected"].items():
+        print(f"pairs rejected, {why_not.replace('_', ' ')}: {n}")
     empty = [scene for scene, of_scene in summary["scenes"].items() if not of_scene["pairs"]]
     if empty:
         print(f"{len(empty)} scenes have no valid pair: {', '.join(empty)}")
@@ -479,7 +510,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     scenes = read_lines(args.scene_list) if args.scene_list else None
     if args.verify:
-        return report_verified(*verify_dump(args.save_path, scenes), "records")
+        status = report_verified(*verify_dump(args.save_path, scenes), "records")
+        if status:
+            print("delete the files named here and run the dump again: it makes them again", file=sys.stderr)
+        return status
     if not args.feature_type or not args.base_path:
         parser.error("--feature_type and --base_path are needed")
 

@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tools.cli import InputError, report_skipped, run
+from dump.cameras import is_camera_matrix, is_rigid, read_matrix
+from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import scene_info_from_depth
-from tools.files import atomic_path, read_depth, read_image, write_depth
+from tools.files import atomic_path, check_folder, read_depth, read_image, remove_strays, write_depth
 from tools.geometry import colmap_to_opencv_K, opencv_to_colmap_K, relative_pose
 from tools.pair_list import Pair, write_pair_list
 from tools.scene_info import load_scene_info, write_scene_info
@@ -67,10 +68,10 @@ def import_rgbd(sequence_path, save_path, scene, first=None, last=None, eval_pai
     if lost:
         print(f"{lost} frames left out: tracking lost (their pose is not finite)")
     check_same_sequence(frames, save_path)
-    try:
-        save_path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {save_path}: {error.strerror}") from None
+    check_folder(save_path)
+    folders = {Path(path).parent for frame in frames for path in (frame.image_path, frame.depth_path)}
+    for folder in folders | {Path("scene_info"), Path("pairs")}:
+        remove_strays(save_path / folder)
 
     with ThreadPool(workers) as pool:
         reasons = list(tqdm(pool.imap(partial(convert_frame, save_path=save_path), frames), total=len(frames),
@@ -100,23 +101,10 @@ def import_rgbd(sequence_path, save_path, scene, first=None, last=None, eval_pai
     return sorted(skipped)
 
 
-def read_matrix(path, n: int) -> np.ndarray:
-    """n x n numbers of a text file, (n, n) float64, nan and inf included; InputError if it holds anything else."""
-    try:
-        values = np.array(Path(path).read_text().split(), dtype=np.float64)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        values = np.zeros(0)
-    if len(values) != n * n:
-        raise InputError(f"{path} does not hold {n}x{n} numbers")
-    return values.reshape(n, n)
-
-
 def read_intrinsics(path) -> np.ndarray:
     """Camera matrix (3, 3) of a text file; InputError if it is none."""
     K = read_matrix(path, 3)
-    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1])):
+    if not is_camera_matrix(K):
         raise InputError(f"{path} is no camera matrix; expected fx 0 cx, 0 fy cy, 0 0 1, in pixels")
     return K
 
@@ -161,13 +149,6 @@ def list_frames(sequence_path: Path, scene: str, first=None, last=None) -> tuple
     return frames, lost, skipped
 
 
-def is_rigid(pose: np.ndarray) -> bool:
-    """Whether (4, 4) is a rotation and a translation, to the precision of a text file."""
-    R = pose[:3, :3]
-    return (np.allclose(R @ R.T, np.eye(3), atol=1e-2) and np.linalg.det(R) > 0
-            and np.allclose(pose[3], [0, 0, 0, 1]))
-
-
 def check_same_sequence(frames: list[Frame], save_path: Path) -> None:
     """InputError if an image that the scene already holds is not the sequence's: every 7-Scenes sequence has the same
     file names, and two of them in one scene would go unnoticed."""
@@ -184,22 +165,24 @@ def convert_frame(frame: Frame, save_path: Path) -> str | None:
         return None
     try:
         image, depth = read_image(frame.color), read_depth(frame.depth)
-    except InputError as error:
-        return str(error)
-    if image.shape != depth.shape:
-        return "depth is {1}x{0}, the image {3}x{2}".format(*depth.shape, *image.shape)
-    write_depth(depth_path, depth)
-    with atomic_path(image_path) as temporary:
-        link_or_copy(frame.color.resolve(), temporary)
+        if image.shape != depth.shape:
+            return "depth is {1}x{0}, the image {3}x{2}".format(*depth.shape, *image.shape)
+        write_depth(depth_path, depth)
+        link_or_copy(frame.color.resolve(), image_path)
+    except Exception as error:
+        return reason(error)
     return None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file, which takes no space; copy it where links cannot be made, across file systems for one."""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def existing_scene_info(path, frames: list[Frame], K: np.ndarray) -> dict | None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 from tqdm import tqdm
 
@@ -21,7 +20,16 @@ from dump.textures import make_texture
 from dump.workers import available_cores, in_order, stop_on_sigterm, worker_pool
 from tools.cli import InputError, run
 from tools.covisibility import scene_info_from_depth
-from tools.files import atomic_path, read_json, write_depth, write_image, write_json
+from tools.files import (
+    atomic_path,
+    check_folder,
+    hdf5_image,
+    read_json,
+    remove_strays,
+    write_depth,
+    write_image,
+    write_json,
+)
 from tools.geometry import opencv_to_colmap_K
 from tools.scene_info import write_scene_info
 
@@ -206,9 +214,10 @@ def write_yfcc_view(root, scene, i, image, depth, K, pose) -> None:
     test = root / "raw_data" / "yfcc100m" / scene / "test"
     write_image(test / "images" / f"{i:04d}.jpg", image)
     write_depth(test / "depths" / f"{i:04d}.h5", depth)
-    with atomic_path(test / "calibration" / f"calibration_{i:04d}.h5") as temporary, h5py.File(temporary, "w") as file:
-        file["K"], file["R"], file["T"] = K, pose[:3, :3], pose[:3, 3]
-        file["imsize"] = np.array([image.shape[1::-1]], np.float64)
+    values = {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": np.array([image.shape[1::-1]], np.float64)}
+    with atomic_path(test / "calibration" / f"calibration_{i:04d}.h5") as temporary:
+        temporary.write_bytes(hdf5_image(lambda file: [file.create_dataset(name, data=value)
+                                                       for name, value in values.items()]))
 
 
 def write_yfcc_scene(root, scene, n, pairs) -> None:
@@ -225,9 +234,10 @@ def write_scannet_view(root, scene, i, image, depth, K, pose) -> None:
     write_matrix(folder / "extrinsic" / f"{i}.txt", np.linalg.inv(pose))
     write_matrix(folder / "intrinsic" / f"{i}.txt", K)
     millimetres = np.round(depth * 1000)
+    png = cv2.imencode(".png", np.where(millimetres < 65535, millimetres, 0).astype(np.uint16),
+                       [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
     with atomic_path(folder / "depth" / f"{i}.png") as temporary:
-        cv2.imwrite(str(temporary), np.where(millimetres < 65535, millimetres, 0).astype(np.uint16),
-                    [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        temporary.write_bytes(png.tobytes())
 
 
 def make_scene(number, save_path, images_per_scene, size, seed, photographs, layouts, pairs) -> None:
@@ -275,11 +285,12 @@ def find_photographs(folder) -> list[str]:
 
 def check_settings(save_path, settings) -> None:
     """Refuse to mix scenes of different settings in one folder; note them in a new one."""
-    if Path(save_path).exists() and not Path(save_path).is_dir():
-        raise InputError(f"--save_path: {save_path} is a file, not a folder")
+    check_folder(save_path)
     path = Path(save_path) / "make_scenes.json"
     if path.exists():
         there = read_json(path)
+        if not isinstance(there, dict):
+            raise InputError(f"{path} is damaged: delete it")
         other = [name for name in settings if there.get(name) != settings[name]]
         if other:
             raise InputError(f"{path} was made with other settings ({', '.join(other)}): "
@@ -309,6 +320,8 @@ def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed
         "version": VERSION, "images_per_scene": images_per_scene, "size": list(size), "seed": seed, "layouts": layouts,
         "pairs": pairs, "textures": [str(Path(path).relative_to(textures)) for path in photographs]})
 
+    for folder in {stray.parent for stray in Path(save_path).rglob(".*.tmp*")}:
+        remove_strays(folder)
     numbers = range(first_scene, first_scene + scenes)
     todo = [number for number in numbers if not marker_path(save_path, f"{number:04d}").exists()]
     make = partial(make_scene, save_path=str(save_path), images_per_scene=images_per_scene, size=tuple(size), seed=seed,

@@ -25,15 +25,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dump.report import why
 from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
-from tools.cli import InputError, report_skipped, run
+from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
-from tools.files import read_image
+from tools.files import below, check_folder, header_size, read_image
 from tools.geometry import make_pose, project
 from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
@@ -81,11 +80,9 @@ def largest_side(folder) -> int:
     """Largest width or height among the images of a folder, from their headers; InputError if there is no image."""
     sides = []
     for path in sorted(Path(folder).glob("[!.]*")):
-        try:
-            with Image.open(path) as image:
-                sides.append(max(image.size))
-        except OSError:  # one damaged image does not change the size of the others
-            continue
+        size = header_size(path)
+        if size:  # one damaged image does not change the size of the others
+            sides.append(max(size))
     if not sides:
         raise InputError(f"no readable image in {folder}")
     return max(sides)
@@ -102,16 +99,39 @@ def read_model(folder):
     return model
 
 
-def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
+def usable_images(model, folder) -> tuple[list[str], list]:
+    """Names of a model's images that can be used with the files in `folder`, and (name, reason) of those that cannot.
+
+    An image of another size than its camera is named; one that is missing or damaged is in neither list.
+    """
+    usable, skipped = [], []
+    for image in model.images.values():
+        try:
+            size = header_size(below(folder, image.name))
+        except InputError as error:
+            skipped.append((image.name, str(error)))
+            continue
+        camera = image.camera.width, image.camera.height
+        if size == camera:
+            usable.append(image.name)
+        elif size:
+            skipped.append((image.name, "the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera)))
+    return usable, skipped
+
+
+def undistort(sfm, target, max_image_size: int, workers: int = 1) -> list:
     """Undistort the images and the model of `sfm`, a scene's folder of MegaDepth_v1_SfM, into the folder `target`.
 
-    max_image_size: pixels, the larger side; workers: threads. `target` appears when it is whole. Images that are
-    missing or damaged in `sfm` are left out. InputError if the model cannot be read, or `target` cannot be written;
-    OSError if the disk is full.
+    max_image_size: pixels, the larger side; workers: threads. `target` appears when it is whole. Returns (name,
+    reason) of images left out because their size is not that of their camera; those missing or damaged in `sfm` are
+    left out, too. InputError if the model cannot be read, or `target` cannot be written; OSError if the disk is full.
     """
     pycolmap = import_pycolmap()
     sfm, target = Path(sfm), Path(target)
-    read_model(sfm / "sparse" / "manhattan" / "0")  # so that what is wrong afterwards is not wrong with the input
+    # an image of another size would end this process: pycolmap throws in a thread of its own
+    usable, skipped = usable_images(read_model(sfm / "sparse" / "manhattan" / "0"), sfm / "images")
+    if not usable:
+        raise InputError(f"no image in {sfm}/images has the size of its COLMAP camera")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -123,7 +143,7 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
               tqdm(desc=f"{target.name} undistorted", unit="image", leave=False, disable=None) as progress):
             try:
                 work = thread.submit(pycolmap.undistort_images, str(temporary), str(sfm / "sparse" / "manhattan" / "0"),
-                                     str(sfm / "images"), undistort_options=options, num_threads=workers,
+                                     str(sfm / "images"), usable, undistort_options=options, num_threads=workers,
                                      cancellation_token=token)
                 while not wait([work], timeout=0.5).done:
                     progress.update(sum(1 for _ in temporary.glob("images/**/*.*")) - progress.n)
@@ -136,9 +156,9 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
             raise InputError(f"cannot undistort {sfm}: {error}") from None
         # pycolmap only logs what it could not write
         try:
-            unwritten = [image.name for image in read_model(temporary / "sparse").images.values()
-                         if not (temporary / "images" / image.name).is_file()
-                         and is_readable(sfm / "images" / image.name)]
+            read_model(temporary / "sparse")
+            unwritten = [name for name in usable if not (temporary / "images" / name).is_file()
+                         and is_readable(sfm / "images" / name)]
         except InputError:
             unwritten = ["model"]
         if unwritten and shutil.disk_usage(temporary).free < FULL_DISK_BYTES:
@@ -146,6 +166,7 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> None:
         if unwritten:
             raise InputError(f"cannot write the undistorted {unwritten[0]} to {target.parent}: is the disk full?")
         temporary.rename(target)
+        return skipped
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -178,18 +199,19 @@ def observations(image, point_ids: np.ndarray, points: np.ndarray):
     return K, pose, indices[before], pixels[before], depth[before]
 
 
-def scene_info_from_model(model, base_path, scene: str) -> dict:
+def scene_info_from_model(model, base_path, scene: str) -> tuple[dict, list]:
     """The dict that tools.scene_info.write_scene_info takes, for the images of an undistorted model, sorted by name.
 
-    model: pycolmap.Reconstruction. An image without an undistorted file, or without a depth map of at least
-    MIN_DEPTH_BYTES, has None in every list and -1 in its rows and columns. InputError if a camera is distorted, or
-    if no image has depth.
+    model: pycolmap.Reconstruction. An image without an undistorted file of its camera's size, or without a depth map
+    of at least MIN_DEPTH_BYTES, has None in every list and -1 in its rows and columns. Also returns (name, reason) as
+    usable_images does. InputError if a camera is distorted, or if no image has depth.
     """
     images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
     if not all(image.camera.is_undistorted() for image in images):
         raise InputError(f"the cameras of Undistorted_SfM/{scene}/sparse are distorted: delete that folder if "
                          "MegaDepth_v1_SfM is there")
-    points3D = model.points3D
+    usable, skipped = usable_images(model, Path(base_path, "Undistorted_SfM", scene, "images"))
+    usable, points3D = set(usable), model.points3D
     point_ids = np.array(sorted(points3D), dtype=np.int64)
     points = np.array([points3D[point_id].xyz for point_id in point_ids]).reshape(-1, 3)
 
@@ -201,7 +223,7 @@ def scene_info_from_model(model, base_path, scene: str) -> dict:
         image_path = f"Undistorted_SfM/{scene}/images/{image.name}"
         depth_path = f"{ARCHIVE_ROOT}/MegaDepth_v1/{scene}/dense0/depths/{PurePosixPath(image.name).stem}.h5"
         depth_file = Path(base_path, depth_path)
-        if (not Path(base_path, image_path).is_file() or not depth_file.is_file()
+        if (image.name not in usable or not depth_file.is_file()
                 or depth_file.stat().st_size < MIN_DEPTH_BYTES):
             continue
         K, pose, indices, pixels, depth = observations(image, point_ids, points)
@@ -222,16 +244,17 @@ def scene_info_from_model(model, base_path, scene: str) -> dict:
     for name, matrix in (("overlap_matrix", overlap), ("scale_ratio_matrix", scale_ratio), ("angles", angles)):
         info[name] = np.full((n, n), -1.0)
         info[name][np.ix_(known, known)] = matrix
-    return info
+    return info, skipped
 
 
-def preprocess_scene(base_path, scene: str, workers: int = 1) -> str:
-    """Undistort a scene unless that is done, and write its scene_info; returns a line that says what was done.
+def preprocess_scene(base_path, scene: str, workers: int = 1) -> tuple[str, list]:
+    """Undistort a scene unless that is done, and write its scene_info; returns a line that says what was done, and
+    (name, reason) of images left out.
 
     Raises InputError if a file or folder that the scene needs is missing or damaged.
     """
     target = Path(base_path, "Undistorted_SfM", scene)
-    report = scene
+    report, skipped = scene, []
     if not has_model(target / "sparse"):
         sfm = sfm_path(base_path, scene)
         if not has_model(sfm / "sparse" / "manhattan" / "0"):
@@ -240,21 +263,21 @@ def preprocess_scene(base_path, scene: str, workers: int = 1) -> str:
             raise InputError(f"{target} has no COLMAP model in sparse: delete that folder")
         side = largest_side(Path(base_path, ARCHIVE_ROOT, "MegaDepth_v1", scene, "dense0", "imgs"))
         started = time.perf_counter()
-        undistort(sfm, target, side, workers)
+        skipped = undistort(sfm, target, side, workers)
         report += f": undistorted in {time.perf_counter() - started:.1f} s"
     started = time.perf_counter()
-    info = scene_info_from_model(read_model(target / "sparse"), base_path, scene)
+    info, more = scene_info_from_model(read_model(target / "sparse"), base_path, scene)
     write_scene_info(Path(base_path, "scene_info", f"{scene}.0.npz"), info)
     with_depth = sum(path is not None for path in info["image_paths"])
     return (f"{report}: scene_info of {len(info['image_paths'])} images, {with_depth} with depth, "
-            f"in {time.perf_counter() - started:.1f} s")
+            f"in {time.perf_counter() - started:.1f} s"), skipped + more
 
 
 def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -> tuple[list, list]:
     """Preprocess the scenes (ids; all if None) under `base_path`, with `workers` threads; complete ones are left alone.
 
-    shard: (i, n) for every n-th of the scenes from the i-th on. Returns (complete scenes, [(scene, reason)] of those
-    that cannot be used). Raises InputError for bad input of the whole run, InUse if another process is at a scene.
+    shard: (i, n) for every n-th of the scenes from the i-th on. Returns (complete scenes, [(scene or image, reason)] of
+    the unusable). Raises InputError for bad input of the whole run, InUse if another process is at a scene.
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
@@ -263,17 +286,21 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     if unknown:
         raise InputError(f"no scene {', '.join(unknown[:5])} in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
     import_pycolmap()
+    for folder in ("Undistorted_SfM", "scene_info"):
+        check_folder(Path(base_path, folder))
     complete, skipped = [], []
     for scene in tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None):
         busy = f"another process is at scene {scene} of {base_path}: wait for it, or give each its own --shard"
         try:
             with locked(Path(base_path, "Undistorted_SfM", f".{scene}.lock"), busy):
                 if not Path(base_path, "scene_info", f"{scene}.0.npz").is_file():
-                    tqdm.write(preprocess_scene(base_path, scene, workers))
+                    report, images = preprocess_scene(base_path, scene, workers)
+                    tqdm.write(report)
+                    skipped += [(f"{scene} {name}", problem) for name, problem in images]
         except InUse:
             raise
-        except InputError as error:
-            skipped.append((scene, str(error)))
+        except Exception as error:
+            skipped.append((scene, reason(error)))
         else:
             complete.append(scene)
     return complete, skipped
@@ -297,7 +324,7 @@ def main(argv=None) -> int:
     except OSError as error:
         raise InputError(f"cannot write to {args.base_path}: {why(error)}; what is done is kept") from None
     print(f"{len(complete)} scenes complete")
-    status = report_skipped(skipped, "scenes")
+    status = report_skipped(skipped, "scenes or images" if any(" " in name for name, _ in skipped) else "scenes")
     wait_for_all("the end")
     return status if complete or not skipped else 2
 

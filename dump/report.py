@@ -1,11 +1,15 @@
 """What the dumps say at their end."""
+import contextlib
 import os
-import resource
 import sys
 from pathlib import Path
 
 from tools.cli import InputError
 from tools.files import write_json
+
+resource = None  # Windows has none
+with contextlib.suppress(ImportError):
+    import resource
 
 
 def why(error: OSError) -> str:
@@ -26,11 +30,13 @@ def _peak_of_this_process() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-def peak_memory_mb(workers: int) -> float:
+def peak_memory_mb(workers: int) -> float | None:
     """Most memory that this process held so far, plus `workers` times that of the largest process it started.
 
-    Of the latter, those that have ended count.
+    Of the latter, those that have ended count. None where the system does not say.
     """
+    if resource is None:
+        return None
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT
     return (_peak_of_this_process() + workers * child) / 1e6
 

@@ -7,13 +7,13 @@ import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-
-from PIL import Image
+from pathlib import Path
 
 from dump.shards import deal, under_torchrun
-from tools.cli import InputError
+from tools.cli import InputError, reason
 from tools.features import build_extractor
 from tools.processes import WorkerPool
+from tools.records import read_record
 
 
 def available_cores() -> int:
@@ -89,13 +89,25 @@ def weights_of(feature_type: str, settings: dict, device: str = "auto") -> dict:
     return {} if feature_type == "sift" else {"weights": extractor(feature_type, settings, device).weights_hash}
 
 
-def header_size(path) -> tuple[int, int] | None:
-    """(w, h) of an image file by its header, as stored; None if that cannot be read."""
+def is_whole(path: Path, fields: tuple) -> bool:
+    """Whether a record of (at least) these fields is there, as far as its header and size tell; one that is torn is
+    removed, to be made again."""
+    if not path.exists():
+        return False
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
+        if tuple(read_record(path, mmap=True))[:len(fields)] == fields:
+            return True
+    except InputError:
+        pass
+    path.unlink()
+    return False
+
+
+def check_name(path: Path) -> Path:
+    """`path`, a file that is named after one in data; InputError if file systems do not allow such a name."""
+    if len(os.fsencode(path.name)) > 255 or len(os.fsencode(path)) > 4000:
+        raise InputError("its name is too long for the file of its features: give the image a shorter one")
+    return path
 
 
 @contextlib.contextmanager
@@ -114,10 +126,16 @@ def _one_thread(recipe):
         torch.set_num_threads(threads)
 
 
-def _load_and_finish(load, finish, recipe, task):
+def _attempt(function, *arguments):
+    """What the function returns, or, as a string, why this item is skipped: the boundary around each image."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return reason(error)
+
+
+def _extract_and_finish(load, finish, recipe, task):
     loaded = load(task)
-    if isinstance(loaded, str):
-        return loaded
     with _one_thread(recipe):
         features = extractor(*recipe)(loaded[0])
     return finish(task, loaded, features)
@@ -154,8 +172,8 @@ def _extract_batch(network, images):
 def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, load, finish):
     """Extract features: yield (task, what became of it) for each task that is not done.
 
-    batches: as from batches_of. load: task -> (image (H, W) uint8, ...), or a string: why it is of no use, which is
-    then what became of it. finish: (task, loaded, Features) -> what became of it.
+    batches: as from batches_of. load: task -> (image (H, W) uint8, ...). finish: (task, loaded, Features) -> what
+    became of it. Where one of them raises an error, what became of it is the reason, a string.
 
     On the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for
     it; a batch that is done in part is extracted as a whole once more.
@@ -165,19 +183,20 @@ def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, 
     batches = [batch for batch in batches if not all(done for _, done in batch)]
     tasks = [task for batch in batches for task, _ in batch]
     if not network.batch_pixels:
-        work = functools.partial(_load_and_finish, load, finish, recipe)
+        work = functools.partial(_attempt, _extract_and_finish, load, finish, recipe)
         yield from zip(tasks, in_order(pool, work, tasks, ahead=2 * workers))
         return
     readers = ThreadPoolExecutor(workers)
     try:
-        images = in_order(readers, load, tasks, ahead=2 * workers + max(map(len, batches), default=0))
+        images = in_order(readers, functools.partial(_attempt, load), tasks,
+                          ahead=2 * workers + max(map(len, batches), default=0))
         for batch in batches:
             loaded = list(itertools.islice(images, len(batch)))
             found = iter(_extract_batch(network, [content[0] for content in loaded if not isinstance(content, str)]))
             for (task, done), content in zip(batch, loaded):
                 features = None if isinstance(content, str) else next(found)
                 if not done:
-                    yield task, content if features is None else finish(task, content, features)
+                    yield task, content if features is None else _attempt(finish, task, content, features)
     finally:
         readers.shutdown(cancel_futures=True)
 

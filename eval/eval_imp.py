@@ -30,7 +30,7 @@ from eval.pair_sets import (
     read_scannet_pairs,
     upright_images,
 )
-from eval.pose import ESTIMATORS
+from eval.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
 from eval.report import (
     best_settings,
     format_iterations,
@@ -167,7 +167,8 @@ def build_methods(args) -> dict[str, Method]:
         methods[name] = Method(matcher)
         if args.use_iterative and name in networks:
             uncertain = args.use_uncertainty and matcher.network.pools
-            methods[f"{name} iterative{', uncertainty' if uncertain else ''}"] = Method(matcher, True, uncertain)
+            row = f"{name} iterative{', uncertainty' if uncertain else ''}"
+            methods[row] = Method(matcher, True, uncertain, args.protocol == "published")
     return methods
 
 
@@ -223,7 +224,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
                         "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
                         "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
-    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), required=True, help="local features")
+    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), default="spp",
+                        help="local features (default: %(default)s)")
+    parser.add_argument("--protocol", choices=("default", "published"), default="default",
+                        help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "
+                        "both cameras an inlier, pooling in the loop with --use_uncertainty alone")
     parser.add_argument("--use_iterative", action="store_true",
                         help="also run each network in turns with the pose, until that stays the same")
     parser.add_argument("--use_uncertainty", action="store_true",
@@ -275,6 +280,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--estimator_seeds goes with one --threshold, not with a sweep")
     if args.use_uncertainty and not args.use_iterative:
         parser.error("--use_uncertainty goes with --use_iterative")
+    if args.protocol == "published" and args.estimator != "magsac":
+        parser.error("--protocol published goes with --estimator magsac")
     args.device = str(choose_device(args.device))
     if args.threshold is None:
         args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]
@@ -297,6 +304,8 @@ def _threshold(text: str) -> float | str:
 def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, list, dict | None]:
     """Evaluate as the command line says: results, pairs skipped, and with a sweep what it found."""
     estimators = list(ESTIMATORS) if args.estimator == "all" else [args.estimator]
+    if args.protocol == "published":
+        estimators = [PUBLISHED_ESTIMATOR]
     thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
     settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators for threshold in thresholds
                 for k in range(args.estimator_seeds)]
@@ -347,6 +356,8 @@ def main(argv=None) -> int:
             if numbers.get("by_iteration"):
                 print(f"\n{method}", format_iterations(numbers), sep="\n")
         print()
+    if args.protocol == "published":
+        print("protocol: published (its published figures could not be checked with this program)")
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
     if sweep:

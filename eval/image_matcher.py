@@ -11,7 +11,7 @@ from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
 from eval.methods import Method, to_data
 from eval.metrics import epipolar_error, pose_error
 from eval.pair_sets import EvalPair
-from eval.pose import estimate_pose
+from eval.pose import estimate_pose, translation_is_determined
 from tools import checkpoint
 from tools.cli import InputError
 from tools.distributed import choose_device
@@ -73,7 +73,8 @@ class ImageMatches:
     K_source0/1: "given", "EXIF" or "unknown". R (3, 3), t (3,) of unit length: x1 = R x0 + t, or None; inliers (M,)
     bool, all False without a pose. T_0to1 (4, 4): the true pose, where it was given. n_iterations: that a network ran,
     of n_layers that it has. stopped_early, steps: of iterative matching (eval.iterative), with poses for the images as
-    stored; the matches are then the inliers alone if it stopped early.
+    stored; the matches are then the inliers alone if it stopped early. translation_determined: False where the camera
+    turned on the spot, as far as the inliers tell, so that t means nothing.
     """
 
     view0: View
@@ -92,6 +93,7 @@ class ImageMatches:
     n_layers: int | None = None
     stopped_early: bool = False
     steps: list[IterationStep] = field(default_factory=list)
+    translation_determined: bool = True
 
     @property
     def keypoints0(self) -> np.ndarray:
@@ -167,7 +169,8 @@ class ImageMatches:
         unknown = np.full((3, 3), np.nan)
         arrays = {"version": VERSION, "matches": self.matches, "matching_scores": self.matching_scores,
                   "inliers": self.inliers, "R": unknown if self.R is None else self.R,
-                  "t": unknown[0] if self.t is None else self.t, "settings": json.dumps(settings or {})}
+                  "t": unknown[0] if self.t is None else self.t,
+                  "translation_determined": self.translation_determined, "settings": json.dumps(settings or {})}
         for v, view, K, source in (("0", self.view0, self.K0, self.K_source0),
                                    ("1", self.view1, self.K1, self.K_source1)):
             arrays |= {f"image{v}": view.name, f"image_size{v}": np.array(view.image_size), f"turns{v}": view.turns,
@@ -182,12 +185,14 @@ def describe_pose(found: ImageMatches) -> str:
     if found.R is None:
         return "no pose found" if found.K0 is not None and found.K1 is not None else "no pose: K is not known"
     angle = np.degrees(np.linalg.norm(cv2.Rodrigues(found.R)[0]))
-    direction = ", ".join(f"{value:.2f}" for value in found.t)
+    direction = ", ".join(f"{value:.2f}" for value in found.t) if found.translation_determined else "not determined"
     n_inliers = int(np.sum(found.inliers))
     line = f"{n_inliers} inliers; rotation {angle:.1f} degrees, translation ({direction})"
     if found.T_0to1 is not None:
         error_t, error_R = pose_error(found.T_0to1, found.R, found.t)
         line += f"; {error_R:.1f} and {error_t:.1f} degrees off"
+    elif not found.translation_determined:
+        line += "; the images differ by a rotation at most"
     elif n_inliers < DOUBTFUL_INLIERS:
         line += "; doubtful, with so few inliers"
     return line
@@ -258,7 +263,11 @@ class ImageMatcher:
         """
         focal = None
         if isinstance(image, np.ndarray):
-            gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
+            if image.dtype != np.uint8 or image.size == 0 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,)):
+                raise InputError(f"an image is an array (H, W) or (H, W, 3) BGR of uint8, not {image.shape} of "
+                                 f"{image.dtype}")
+            one_channel = image.shape[2:] != (3,)
+            gray = image.reshape(image.shape[:2]) if one_channel else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
             name, turns = name or "array", turns or 0
         else:
             gray, exif, name = read_image(image), read_exif(image), name or str(image)
@@ -293,11 +302,16 @@ class ImageMatcher:
         method = Method(self.matcher, iterative=is_network and has_cameras and not self.one_shot)
         (out,) = method.run(to_data(pair, self.device), [estimate])
         matches, scores = out.all_matches[out.used], out.all_scores[out.used]
+        determined = True
+        if out.pose is not None:
+            rows0, rows1 = matches[out.pose[2]].T
+            determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
+                                                   matched_K0, matched_K1, out.pose[0], 2 * self.threshold)
         R, t, inliers = _as_stored(out.pose, view0, view1) or (None, None, np.zeros(len(matches), bool))
         steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in out.steps]
         return ImageMatches(view0, view1, matches, scores, K0, K1, K_source0, K_source1, R, t, inliers, T_0to1,
                             out.n_iterations, self.matcher.network.n_layers if is_network else None,
-                            bool(out.stopped_early), steps)
+                            bool(out.stopped_early), steps, determined)
 
     def __call__(self, image0, image1, K0=None, K1=None) -> ImageMatches:
         """Match two images: paths or arrays, see `load` and `match`."""
@@ -316,10 +330,22 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
 def _camera(view: View, K) -> tuple[np.ndarray | None, str]:
     """K of an image and where it comes from: as given, or guessed from EXIF, or None."""
     if K is not None:
-        return np.asarray(K, np.float64), "given"
+        return check_K(K), "given"
     if view.focal is not None:
         return focal_K(view.focal, view.image_size), "EXIF"
     return None, "unknown"
+
+
+def check_K(K) -> np.ndarray:
+    """K as float64 (3, 3); InputError if it is not a camera matrix."""
+    try:
+        K = np.asarray(K, np.float64)
+    except (TypeError, ValueError):
+        K = np.zeros(0)
+    if K.shape != (3, 3) or not np.isfinite(K).all() or not (min(K[0, 0], K[1, 1]) > 0 and (K[2] == [0, 0, 1]).all()):
+        raise InputError("K is not a camera matrix: expected (3, 3) with fx 0 cx, 0 fy cy, 0 0 1 and fx, fy > 0; shape "
+                         f"{K.shape}")
+    return K
 
 
 def focal_K(focal: float, image_size: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eval.metrics import pose_error
+from eval.metrics import angle_between, pose_error
 from tools.geometry import make_pose
 
 READ_THRESHOLD = 0.1  # score of a match on the way, for the pose of that iteration
@@ -55,22 +55,24 @@ def is_read(t: int, n_layers: int) -> bool:
 
 
 def same_pose(pose: tuple | None, other: tuple | None) -> bool:
-    """Whether two poses (R, t, ...) differ by at most SAME_POSE in rotation and in translation."""
+    """Whether two poses (R, t, ...) differ by at most SAME_POSE in rotation and in translation, whose sign counts."""
     if pose is None or other is None:
         return False
-    return max(pose_error(make_pose(*other[:2]), *pose[:2])) <= SAME_POSE
+    _, error_R = pose_error(make_pose(*other[:2]), *pose[:2])
+    return max(angle_between(other[1], pose[1]), error_R) <= SAME_POSE
 
 
 @torch.no_grad()
 def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = False, threshold: float = 0.2,
-                      n_layers: int | None = None) -> IterativeMatch:
+                      n_layers: int | None = None, published: bool = False) -> IterativeMatch:
     """Match one pair and estimate its pose in turns.
 
     matcher: IMP, EIMP or GM (`nets.build_matcher`) in evaluation mode; data: as it takes it, B = 1; estimate: matches
     (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never
     stopped (see `eval.pose.estimate_pose`). use_uncertainty: EIMP pools by a threshold in proportion to the share of
     inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
-    if the pose never stayed the same. n_layers: iterations at most (None: all that the network has).
+    if the pose never stayed the same. n_layers: iterations at most (None: all that the network has). published: as the
+    published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens keypoints.
     """
     n_layers = matcher.n_layers if n_layers is None else n_layers
     seconds, steps, last_pose = {"matching": 0.0, "pose": 0.0}, [], None
@@ -104,8 +106,10 @@ def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = Fal
             return IterativeMatch(step.matches[inliers], step.scores[inliers], pose, state.iteration + 1, True, steps,
                                   seconds)
         last_pose = step.pose if inlier_ratio > 0 else None
-        if matcher.pools and state.iteration < n_layers - 1:
-            state.remove(POOL_THRESHOLD * inlier_ratio if use_uncertainty and inlier_ratio > 0 else POOL_THRESHOLD)
+        if matcher.pools and state.iteration < n_layers - 1 and (use_uncertainty or not published):
+            # the published program counted the dustbin as a keypoint
+            state.remove(POOL_THRESHOLD * inlier_ratio if use_uncertainty and inlier_ratio > 0 else POOL_THRESHOLD,
+                         matcher.n_min_tokens - published)
 
     final = all_scores > threshold
     seconds["matching"] = time.perf_counter() - start - seconds["pose"]

@@ -25,9 +25,11 @@ For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.lo
     K_source0, K_source1             "given", "EXIF" or "unknown"
     R, t                             (3, 3), (3,): x1 = R x0 + t, t of length 1; nan without a pose
     inliers                          (M,) bool, of the pose
+    translation_determined           bool; False: the images differ by a rotation at most, and t means nothing
     settings                         JSON: what made it
 """
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -63,15 +65,30 @@ def match_images(image0, image1, K0=None, K1=None, **settings) -> ImageMatches:
     return ImageMatcher(**settings)(image0, image1, K0, K1)
 
 
-def find_images(folder: Path, leave_out: Path) -> list[str]:
-    """Names of the image files in a folder and below, sorted, but for those under `leave_out`."""
-    leave_out = leave_out.resolve()
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+def find_images(folder: Path) -> list[str]:
+    """Names of the image files in a folder and below, sorted; links are followed, pictures made here left out."""
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = [] if real in seen else [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        found += [] if real in seen else [Path(where, name) for name in names]
+        seen.add(real)
+    return sorted(str(path.relative_to(folder)) for path in found
                   if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
-                  and leave_out not in path.resolve().parents)
+                  and not _is_made_here(path))
 
 
-def find_pairs(inputs: list[str], image_dir: str | None, save_path: Path) -> tuple[list[Pair], Path]:
+def _is_made_here(picture: Path) -> bool:
+    """Whether `write_pair` made a picture: its matches lie beside it."""
+    matches = picture.with_name(picture.stem.removesuffix("_iterations") + ".npz")
+    try:
+        with zipfile.ZipFile(matches) as archive:
+            return "matching_scores.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def find_pairs(inputs: list[str], image_dir: str | None) -> tuple[list[Pair], Path]:
     """What the command line names -> pairs, and the folder that their names are relative to."""
     first = Path(inputs[0])
     if image_dir is not None and (len(inputs) > 1 or first.is_dir()):
@@ -83,7 +100,7 @@ def find_pairs(inputs: list[str], image_dir: str | None, save_path: Path) -> tup
             raise InputError(f"--image_dir: no such folder: {image_dir}")
         return read_pair_list(first), Path(image_dir or first.parent)
     if len(inputs) == 1:
-        folder, names = first, find_images(first, save_path)
+        folder, names = first, find_images(first)
         if len(names) < 2:
             raise InputError(f"{first} holds {len(names)} images, and a pair takes two")
     else:
@@ -99,9 +116,13 @@ def find_pairs(inputs: list[str], image_dir: str | None, save_path: Path) -> tup
 def output_names(pairs: list[Pair]) -> list[str]:
     """A file name without suffix for each pair, a/x.jpg and y.jpg giving a-x_y; those that coincide get a number."""
     names = {}  # in order, and quick to look up
+    longest = 255 - len("_iterations.png")
     for pair in pairs:
         paths = [Path(image).with_suffix("") for image in (pair.image0, pair.image1)]
         stem = "_".join("-".join(path.relative_to(path.anchor).parts) for path in paths)
+        if len(os.fsencode(stem)) > longest:  # than a file system takes
+            number = hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]
+            stem = f"{os.fsencode(stem)[:longest - 40].decode(errors='ignore')}_{number}"
         candidates = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
         names[next(name for name in candidates if name not in names)] = pair
     return list(names)
@@ -278,7 +299,7 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     save_path = Path(args.save_path)
     check_folder(save_path)
-    pairs, image_dir = find_pairs(args.images, args.image_dir, save_path)
+    pairs, image_dir = find_pairs(args.images, args.image_dir)
     if args.K1 and len(args.images) != 2:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
     K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])

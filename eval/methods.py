@@ -63,12 +63,13 @@ class Method:
     """A matcher (see `eval.matchers`) and how it is used.
 
     iterative: in turns with the pose, for matchers that are an `eval.matchers.Network`. use_uncertainty: see
-    `eval.iterative.match_iteratively`; it matters to EIMP alone.
+    `eval.iterative.match_iteratively`; it matters to EIMP alone. published: see there, too.
     """
 
     matcher: object
     iterative: bool = False
     use_uncertainty: bool = False
+    published: bool = False
 
     def run(self, data: dict, estimates: list) -> list[Outcome]:
         """One pair (see `to_data`) with each of several estimators of its pose.
@@ -90,6 +91,6 @@ class Method:
     def _in_turns(self, data: dict, estimate) -> Outcome:
         matcher = self.matcher
         found = match_iteratively(matcher.network, data, estimate, self.use_uncertainty, matcher.threshold,
-                                  matcher.n_iterations)
+                                  matcher.n_iterations, self.published)
         return Outcome(found.matches, found.scores, np.ones(len(found.matches), bool), found.pose, found.seconds,
                        found.n_iterations, found.stopped_early, found.steps)

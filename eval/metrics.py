@@ -2,15 +2,20 @@
 import numpy as np
 
 
+def angle_between(a: np.ndarray, b: np.ndarray) -> float:
+    """Angle of two vectors (3,) in degrees, 0 to 180; 0 if one has no length."""
+    # arctan2, as arccos loses half the digits at the small angles that matter
+    return float(np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)))
+
+
 def pose_error(T_0to1: np.ndarray, R: np.ndarray, t: np.ndarray) -> tuple[float, float]:
     """Errors of an estimated pose against T_0to1 (4, 4): R (3, 3), t (3,) up to scale -> (error_t, error_R) in degrees.
 
     The sign of t is not judged: error_t is at most 90. A true translation of length zero has no direction to miss:
     its error_t is 0.
     """
-    true_t, t = T_0to1[:3, 3], np.ravel(t)
-    # arctan2 and arcsin, because arccos loses half the digits at the small angles that matter
-    angle = np.degrees(np.arctan2(np.linalg.norm(np.cross(true_t, t)), true_t @ t))
+    angle = angle_between(T_0to1[:3, 3], np.ravel(t))
+    # arcsin, as arccos loses half the digits at small angles
     chord = np.linalg.norm(T_0to1[:3, :3] - R) / np.sqrt(8)
     return float(min(angle, 180 - angle)), float(np.degrees(2 * np.arcsin(min(chord, 1))))
 

@@ -23,9 +23,9 @@ def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str 
     """Pose of camera 1 relative to camera 0 from matched keypoints, or None when there is none.
 
     keypoints0/1: (N, 2) pixels, row i of one matches row i of the other; K0/1: (3, 3) in the same pixel convention;
-    threshold: epipolar error of an inlier in pixels, at most; method: a key of ESTIMATORS; scores (N,): of
-    the matches, for a quick search that draws strong ones first (PROSAC: Chum and Matas, CVPR 2005), PROSAC_ITERATIONS
-    samples at most; OpenCV's estimators, which are quick in any case, do not use them.
+    threshold: epipolar error of an inlier in pixels, at most; method: of ESTIMATORS, or PUBLISHED_ESTIMATOR; scores
+    (N,): of the matches, for a quick search that draws strong ones first (PROSAC: Chum and Matas, CVPR 2005),
+    PROSAC_ITERATIONS samples at most; OpenCV's estimators, which are quick in any case, do not use them.
     Returns R (3, 3), t (3,) of unit length, and inliers (N,) bool. The same arguments give the same result; none of
     them is modified.
     """
@@ -34,7 +34,8 @@ def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str 
     x0, x1 = to_camera_coordinates(keypoints0, K0), to_camera_coordinates(keypoints1, K1)
     # the threshold in camera coordinates is threshold / focal, by the mean of all four focal lengths, as published
     focal = float(np.mean([K0[0][0], K0[1][1], K1[0][0], K1[1][1]]))
-    return ESTIMATORS[method](x0, x1, threshold, focal, seed, scores)
+    estimator = _published if method == PUBLISHED_ESTIMATOR else ESTIMATORS[method]
+    return estimator(x0, x1, threshold, focal, seed, scores)
 
 
 def timed_estimate_pose(*arguments) -> tuple[tuple | None, float]:
@@ -44,8 +45,12 @@ def timed_estimate_pose(*arguments) -> tuple[tuple | None, float]:
     return pose, time.perf_counter() - start
 
 
-def _opencv(flag: int, max_iterations: int):
-    """An estimator that calls cv2.findEssentialMat with the method `flag`."""
+def _opencv(flag: int, max_iterations: int, published: bool = False):
+    """An estimator that calls cv2.findEssentialMat with the method `flag`.
+
+    published: as the published program, count each match in front of both cameras as an inlier, however far from its
+    epipolar line: it tested `mask >= 0`.
+    """
 
     def estimate(x0, x1, threshold, focal, seed, scores):
         # OpenCV's estimators start their own generators alike at each call: what a seed can change is the points' order
@@ -69,9 +74,36 @@ def _opencv(flag: int, max_iterations: int):
                 inliers = np.zeros(len(x0), bool)
                 inliers[order] = in_front.ravel() > 0
                 best_count, best = count, (R, t.ravel(), inliers)
+        if published and best is not None:
+            inverse = np.empty_like(order)
+            inverse[order] = np.arange(len(order))
+            best = *best[:2], _in_front(x0[inverse], x1[inverse], *best[:2])
         return best
 
     return estimate
+
+
+def _in_front(x0, x1, R, t) -> np.ndarray:
+    """Which matches (N,) lie in front of both cameras: the depths d0, d1 with the least |d0 R x0 + t - d1 x1|."""
+    a, b = np.c_[x0, np.ones(len(x0))] @ R.T, np.c_[x1, np.ones(len(x1))]
+    aa, bb, ab, at, bt = (np.sum(u * v, axis=1) for u, v in ((a, a), (b, b), (a, b), (a, t), (b, t)))
+    return (ab * bt - at * bb > 0) & (aa * bt - ab * at > 0)
+
+
+def translation_is_determined(points0, points1, K0, K1, R, threshold: float) -> bool:
+    """Whether inliers (N, 2) in pixels say where camera 1 is, or just how it is turned: a rotation alone, R (3, 3),
+    would leave more than a fifth of them over `threshold` pixels from their match.
+
+    Two identical images, or a camera that turned on the spot, have a pose with an arbitrary translation.
+    """
+    if not len(points0):
+        return False
+    rays = np.c_[to_camera_coordinates(points0, K0), np.ones(len(points0))] @ np.asarray(R).T
+    behind = rays[:, 2] <= 0
+    turned = rays[:, :2] / np.where(behind, 1, rays[:, 2])[:, None]
+    focal = np.array([K1[0][0], K1[1][1]])
+    distance = np.linalg.norm((turned - to_camera_coordinates(points1, K1)) * focal, axis=1)
+    return bool(np.mean(behind | (distance > threshold)) > 0.2)
 
 
 def _poselib(x0, x1, threshold, focal, seed, scores):
@@ -92,7 +124,9 @@ def _poselib(x0, x1, threshold, focal, seed, scores):
 
 
 ESTIMATORS = {
-    "magsac": _opencv(cv2.USAC_MAGSAC, MAGSAC_ITERATIONS),  # the published protocol
+    "magsac": _opencv(cv2.USAC_MAGSAC, MAGSAC_ITERATIONS),
     "ransac": _opencv(cv2.RANSAC, RANSAC_ITERATIONS),
     "poselib": _poselib,
 }
+PUBLISHED_ESTIMATOR = "magsac_published"  # of the published program, with OpenCV's default of iterations
+_published = _opencv(cv2.USAC_MAGSAC, 1000, published=True)

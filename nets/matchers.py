@@ -126,14 +126,17 @@ class MatchingState:
         self._set_keep(keep0, keep1)
 
     @torch.no_grad()
-    def remove(self, threshold: float) -> None:
-        """Pool by removal, which makes the iterations that follow cheaper. One pair at a time (B = 1)."""
+    def remove(self, threshold: float, n_min_tokens: int | None = None) -> None:
+        """Pool by removal, which makes the iterations that follow cheaper. One pair at a time (B = 1).
+
+        n_min_tokens: a view with no more keypoints keeps all (None: as the network says).
+        """
         if len(self.x0) != 1:
             raise ValueError("keypoints can be removed from one pair at a time: the views of a batch differ in number")
         if not self.x0.shape[1] or not self.x1.shape[1]:
             return
         self0, cross0, self1, cross1 = self.attention_masses()
-        n_min = self.matcher.n_min_tokens
+        n_min = self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens
         rows0 = keep_indices(self.assignment[0], self0[0], cross0[0], threshold, n_min)
         rows1 = keep_indices(self.assignment[0].T, self1[0], cross1[0], threshold, n_min)
         self.select(rows0, rows1)

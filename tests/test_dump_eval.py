@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -138,7 +139,8 @@ def test_yfcc(raw, finished):
             assert set(file[group]) == {str(number) for number in range(len(PAIRS))}
         for number, (i, j) in enumerate(PAIRS):
             check_geometry(file, number, i, j)
-            names = [file[f"img_path{side}"][str(number)].asstr()[()] for side in (1, 2)]
+            assert file["img_path1"][str(number)].shape == (1,)  # as readers made for the original's files expect
+            names = [file[f"img_path{side}"][str(number)].asstr()[0] for side in (1, 2)]
             assert names == [f"yfcc100m/square/test/images/im{k}.jpg" for k in (i, j)]
             assert (raw / names[0]).is_file()
         expected = Sift(**SETTINGS)(read_image(raw / "yfcc100m/square/test/images/im0.jpg"))
@@ -188,7 +190,7 @@ def test_scannet(raw, output):
             check_geometry(file, number, i, j, len(file["kpt1"][str(number)]))
         np.testing.assert_allclose(file["kpt2"]["0"][:, :2], expected, atol=1e-4)
         assert "depth1" not in file
-        assert file["img_path2"]["0"].asstr()[()] == "scene0707_00/img/15.jpg"
+        assert file["img_path2"]["0"].asstr()[0] == "scene0707_00/img/15.jpg"
 
 
 def test_scannet_pair_list_with_ground_truth(raw, output, tmp_path):
@@ -308,7 +310,76 @@ def test_bad_key_on_the_command_line(raw, output, capsys):
     assert_error(capsys, dump(raw, output, "--resise", "5"), "did you mean 'resize'?")
 
 
+ORIGINAL_YFCC = """
+data_name: yfcc
+rawdata_dir: RAW
+feature_dump_dir: OUT/features
+dataset_dump_dir: OUT
+data_split: ['test']
+data_seq: ['square']
+extractor:
+  name: root
+  num_kpt: 300
+  resize: [-1]
+  overwrite: false
+  extract: true
+  num_process: 2
+  det_th: 0.02
+"""
+
+
+def test_the_originals_yaml_makes_the_same_file(raw, finished, output, capsys):
+    path = output.parent / "original.yaml"
+    output.parent.mkdir()
+    path.write_text(ORIGINAL_YFCC.replace("RAW", str(raw)).replace("OUT", str(output.parent)))
+    assert run(main, ["--config", str(path)]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "feature_dump_dir, overwrite, extract" in notes[0]
+    assert (output.parent / "yfcc_root_300.hdf5").read_bytes() == finished.read_bytes()
+
+
+def test_the_originals_yaml_for_spp(tmp_path, capsys):
+    path = tmp_path / "original.yaml"
+    text = ORIGINAL_YFCC.replace("name: root", "name: sp").replace("[-1]", "[480, 640]").replace("yfcc", "scannet")
+    path.write_text(text + "pair_list: pairs.txt\n")
+    config = load_config(path, [])
+    assert (config["dataset"], config["feature_type"], config["resize"]) == ("scannet", "spp", [640, 480])
+    assert config["extractor"] == {"max_keypoints": 300, "keypoint_threshold": 0.0025, "nms_radius": 4}
+    assert config["workers"] == 2 and config["pair_list"] == "pairs.txt"
+    assert "det_th has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("num_kpt", "num_kpts", "unknown key 'extractor.num_kpts'"), ("data_seq", "data_sec", "unknown key 'data_sec'"),
+    ("'test'", "'train'", "data_split ['train']"), ("name: root", "name: orb", "feature_type 'orb' is unknown"),
+    ("[-1]", "[-2]", "resize [-2]")])
+def test_mistakes_in_the_originals_yaml(tmp_path, capsys, old, new, words):
+    path = tmp_path / "original.yaml"
+    path.write_text(ORIGINAL_YFCC.replace(old, new))
+    assert run(main, ["--config", str(path)]) == 2
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and words in error and all(note.startswith("note: ") for note in notes)
+
+
 # interruption, and what is there
+
+def test_a_torn_part_is_made_again(spoilt, output, raw, finished):
+    image = spoilt / "yfcc100m/square/test/images/im1.jpg"
+    good = image.read_bytes()
+    image.write_bytes(b"no image")
+    assert dump(spoilt, output) == 1
+    image.write_bytes(good)
+    output.unlink()
+    Path(f"{output}.parts", "yfcc100m/square/test/images/im0.jpg.npy").write_bytes(b"")
+    assert dump(spoilt, output) == 0
+    assert output.read_bytes() == finished.read_bytes()
+
+
+def test_room_on_the_disk_is_checked_first(raw, output, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert_error(capsys, dump(raw, output), "No space left on device")
+    assert {path.name for path in output.parent.iterdir()} == {"eval.hdf5.parts", "eval.yaml"}
+
 
 def test_killed_anywhere_ends_with_the_same_file(raw, finished, output):
     rng = np.random.default_rng()
@@ -530,6 +601,19 @@ def test_verify_finds(raw, finished, output, capsys, spoil, words):
     assert words in capsys.readouterr().err
 
 
+def test_verify_a_file_with_plain_names(raw, finished, output):
+    """As they were written before they had shape (1,)."""
+    output.parent.mkdir()
+    shutil.copy(finished, output)
+    with h5py.File(output, "a") as file:
+        for side in (1, 2):
+            for number, dataset in list(file[f"img_path{side}"].items()):
+                name = dataset.asstr()[0]
+                del file[f"img_path{side}"][number]
+                file[f"img_path{side}"][number] = name
+    assert verify(output, raw) == 0
+
+
 def test_verify_no_dump(raw, finished, output, capsys):
     output.parent.mkdir()
     assert_error(capsys, verify(output, raw), "no finished dump, or damaged")
@@ -561,15 +645,65 @@ def test_bad_image_leaves_out_its_pairs(spoilt, output, capsys, file, content, w
         check_geometry(file, 1, 0, 2)
 
 
+@pytest.mark.parametrize("name, words", [
+    ("../im1.jpg", "must lie below"), ("/ABSOLUTE/im1.jpg", "must lie below"), ("images/im1\0.jpg", "not a text file"),
+    (f"images/{'n' * 250}.jpg", "its name is too long"), ("FIFO", "is a device or pipe"),
+])
+def test_a_bad_name_is_left_out_and_nothing_is_written_beside_the_image(spoilt, output, capsys, name, words):
+    test = spoilt / "yfcc100m/square/test"
+    (test / "images/im1.jpg").rename(test.parent / "im1.jpg")
+    if name == "FIFO":
+        os.mkfifo(test / "images/im1.jpg")
+        name = "images/im1.jpg"
+    (test / "images.txt").write_text("\n".join(["images/im0.jpg", name.replace("/ABSOLUTE", str(test.parent)),
+                                               "images/im2.jpg"]))
+    before = sorted(spoilt.rglob("*"))
+    assert dump(spoilt, output) == (2 if "\0" in name else 1)
+    assert words in capsys.readouterr().err
+    assert sorted(spoilt.rglob("*")) == before
+
+def test_folders_may_be_links(spoilt, output, finished):
+    images = spoilt / "yfcc100m/square/test/images"
+    images.rename(spoilt / "elsewhere")
+    images.symlink_to(spoilt / "elsewhere")
+    assert dump(spoilt, output) == 0
+    assert output.read_bytes() == finished.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_in_any_encoding(spoilt, output, finished, encoding):
+    names = spoilt / "yfcc100m/square/test/images.txt"
+    names.write_text(names.read_text(), encoding=encoding)
+    assert dump(spoilt, output) == 0
+    assert output.read_bytes() == finished.read_bytes()
+
+
+def test_a_bad_name_in_a_pair_list_leaves_out_its_pairs(spoilt, output, capsys):
+    with open(spoilt / "pairs.txt", "a") as file:
+        file.write("scene0707_00/img/0.jpg ../../x.jpg\n")
+    assert dump(spoilt, output, dataset="scannet") == 1
+    assert "../../x.jpg is neither" in capsys.readouterr().err
+    with h5py.File(output) as file:
+        assert len(file["K1"]) == len(PAIRS)
+
+
 @pytest.mark.parametrize("name, value, words", [
     ("imsize", [[240, 320]], "is for an image of 240x320, it is 320x240"),
     ("R", np.full((3, 3), np.nan), "camera not usable"),
     ("K", np.eye(2), "not a calibration file"),
+    ("K", None, "not a calibration file"),
+    ("K", np.zeros((3, 3)), "camera not usable"),
+    ("R", np.zeros((3, 3)), "camera not usable"),
+    ("T", np.zeros((2, 2)), "not a calibration file"),
+    ("imsize", "large", "not a calibration file"),
 ])
 def test_bad_calibration(spoilt, output, capsys, name, value, words):
     with h5py.File(spoilt / "yfcc100m/square/test/calibration/c1.h5", "a") as file:
         del file[name]
-        file[name] = value
+        if value is None:
+            file.create_group(name)
+        else:
+            file[name] = value
     assert dump(spoilt, output) == 1
     assert words in capsys.readouterr().err
 
@@ -607,6 +741,9 @@ class Malicious:
     (pickle.dumps([[-1, 0]]), "of 3"),
     (pickle.dumps([0, 1, 2]), "no list of pairs"),
     (pickle.dumps({"a": 1}), "no list of pairs"),
+    (pickle.dumps([[0, 1.5]]), "no list of pairs"),
+    (pickle.dumps([[0, 1], [2]]), "no list of pairs"),
+    (pickle.dumps(5), "no list of pairs"),
 ])
 def test_bad_pair_pickle(spoilt, output, capsys, content, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

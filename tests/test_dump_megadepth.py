@@ -36,7 +36,7 @@ from dump.dump_megadepth import (
 from tools.cli import InputError, run
 from tools.correspondences import match_by_projection
 from tools.features import Features, Sift
-from tools.files import read_image, write_depth, write_image
+from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
@@ -427,6 +427,25 @@ def test_gap_in_the_matches_is_filled(pristine, out):
     assert files_of(out) == untouched
 
 
+@pytest.mark.parametrize("content", [b"", b"torn"])
+def test_torn_records_of_an_unfinished_scene_are_made_again(pristine, finished, out, content):
+    (out / "scenes" / "0000.json").unlink()
+    for record in ("keypoints/0000/1.jpg_sift.npy", "matches/0000/3.npy"):
+        (out / record).write_bytes((out / record).read_bytes()[:-9] if content else b"")
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
+@pytest.mark.parametrize("record", ["keypoints/0000/1.jpg_sift.npy", "matches/0000/3.npy"])
+def test_a_record_deleted_from_a_finished_scene_is_made_again(pristine, finished, out, capsys, record):
+    (out / record).write_bytes(b"")
+    assert verify(out) == 1
+    assert f"{out / record}: " in (errors := capsys.readouterr().err) and "delete" in errors
+    (out / record).unlink()
+    assert dump(pristine, out) == 0
+    assert files_of(out) == files_of(finished)
+
+
 def test_changed_data_is_noticed(base, out, capsys):
     (out / "scenes" / "0000.json").unlink()
     change_info(base, overlap_matrix=np.eye(4))
@@ -626,8 +645,8 @@ def test_few_images_are_held_at_a_time(monkeypatch):
 def test_header_size(tmp_path):
     write_image(tmp_path / "a.jpg", np.zeros((20, 30), np.uint8))
     (tmp_path / "b.jpg").write_bytes(b"no image")
-    assert workers.header_size(tmp_path / "a.jpg") == (30, 20)
-    assert workers.header_size(tmp_path / "b.jpg") is workers.header_size(tmp_path / "c.jpg") is None
+    assert header_size(tmp_path / "a.jpg") == (30, 20)
+    assert header_size(tmp_path / "b.jpg") is header_size(tmp_path / "c.jpg") is None
 
 
 def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
@@ -807,6 +826,30 @@ def test_bad_scene_info_leaves_the_other_scenes(base, tmp_path, capsys, changes,
     assert dump(base, tmp_path / "out") == 1
     assert words in capsys.readouterr().err
     assert list(load_dump(tmp_path / "out")["scenes"]) == ["0001"]
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("image_paths", "../0001/images/1.jpg", "must lie below"),
+    ("depth_paths", "/etc/hostname", "must lie below"),
+    ("image_paths", f"{'n' * 250}.jpg", "its name is too long"),
+    ("intrinsics", np.zeros((3, 3)), "intrinsics"),
+    ("poses", np.full((4, 4), np.nan), "pose"),
+])
+def test_an_image_with_a_bad_name_or_camera_is_left_out(base, tmp_path, capsys, name, value, words):
+    values = load_scene_info(base / "scene_info" / "0000.0.npz")[name]
+    values[1] = value
+    change_info(base, **{name: values})
+    assert dump(base, tmp_path / "out") == 1
+    assert words in capsys.readouterr().err
+    assert load_dump(tmp_path / "out")["scenes"]["0001"] > 0
+
+
+def test_fifo_is_not_opened(base, tmp_path, capsys):
+    image = base / "Undistorted_SfM" / "0000" / "images" / "1.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    assert dump(base, tmp_path / "out") == 1
+    assert "1.jpg is a device or pipe" in capsys.readouterr().err
 
 
 def test_damaged_scene_info(base, tmp_path, capsys):

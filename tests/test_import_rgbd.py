@@ -1,17 +1,22 @@
 """RGB-D sequences -> the MegaDepth layout: conventions, the pair list, bad frames, and running again."""
+import errno
+import os
 import re
 import shutil
+import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from plane_scene import files_of
 
 import dump.import_rgbd
 from dump.import_rgbd import import_rgbd, main
 from tools.cli import InputError, run
 from tools.correspondences import depth_at, match_by_projection, reproject
-from tools.files import read_depth, read_image
+from tools.files import read_depth, read_image, write_depth
 from tools.geometry import lift, make_pose, project
 from tools.pair_list import read_pair_list
 from tools.scene_info import list_scenes, load_scene_info
@@ -215,7 +220,48 @@ def test_any_number_of_workers_gives_the_same(sequence, tmp_path):
     one, four = (load_scene_info(tmp_path / workers / "scene_info" / "wall.0.npz") for workers in ("1", "4"))
     assert np.array_equal(one["overlap_matrix"], four["overlap_matrix"])
     assert list(one["points3D_id_to_2D"]) == list(four["points3D_id_to_2D"])
-    assert snapshot(tmp_path / "1").keys() == snapshot(tmp_path / "4").keys()
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "4")
+
+
+def test_two_runs_give_the_same_bytes_whatever_the_clock_says(sequence, tmp_path, monkeypatch):
+    assert command(sequence, tmp_path / "now") == 0
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    monkeypatch.setattr("time.localtime", lambda *seconds: time.gmtime(1e9))
+    assert command(sequence, tmp_path / "then") == 0
+    assert files_of(tmp_path / "now") == files_of(tmp_path / "then")
+    assert len(files_of(tmp_path / "now")) == 2 * len(NUMBERS) + 1
+
+
+def test_a_depth_map_has_the_same_bytes_whatever_was_written_before(tmp_path):
+    rng = np.random.default_rng(0)
+    maps = [np.round(rng.uniform(1, 5, (480, 640)), 3).astype(np.float32) for _ in range(8)]
+    written = []
+    for workers in (1, 2, 4):
+        with ThreadPool(workers) as pool:
+            pool.starmap(write_depth, [(tmp_path / str(workers) / f"{i}.h5", depth) for i, depth in enumerate(maps)])
+        written.append(files_of(tmp_path / str(workers)))
+    assert written[0] == written[1] == written[2]
+
+
+def test_what_a_killed_run_left_half_written_goes(sequence, tmp_path):
+    out = tmp_path / "out"
+    strays = [out / folder / f".x.{os.getpid()}.tmp.h5" for folder in (
+        "phoenix/S6/zl548/MegaDepth_v1/wall/dense0/depths", "Undistorted_SfM/wall/images", "scene_info")]
+    for stray in strays:
+        stray.parent.mkdir(parents=True)
+        stray.write_bytes(b"half")
+    assert command(sequence, out) == 0
+    assert not any(stray.exists() for stray in strays)
+    linked = out / "Undistorted_SfM" / "wall" / "images" / "frame-000003.jpg"
+    assert linked.samefile(sequence / "frame-000003.color.jpg")
+
+
+def test_a_full_disk_ends_the_command(sequence, tmp_path, monkeypatch, capsys):
+    def full(path, depth):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    monkeypatch.setattr(dump.import_rgbd, "write_depth", full)
+    assert command(sequence, tmp_path / "out") == 2
+    expect_error(capsys, tmp_path / "out", "No space left on device")
 
 
 def test_png_images_as_in_seven_scenes(sequence, tmp_path):
@@ -318,7 +364,7 @@ def test_nothing_to_import(sequence, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "cannot read"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "no camera matrix"),
+    (None, "not found"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "no camera matrix"),
     ("nan 0 320 0 525 240 0 0 1", "no camera matrix")])
 def test_intrinsics(sequence, tmp_path, capsys, content, words):
     if content is None:
@@ -351,7 +397,7 @@ def test_two_sequences_do_not_mix_in_one_scene(sequence, tmp_path, capsys):
 def test_save_path_that_is_a_file(sequence, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert command(sequence, tmp_path / "out") == 2
-    expect_error(capsys, tmp_path / "out", "cannot write to")
+    expect_error(capsys, tmp_path / "out", "is a file, not a folder to write to")
 
 
 def test_kitchen(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from eval.iterative import is_read, match_iteratively
+from eval.iterative import is_read, match_iteratively, same_pose
 from eval.matchers import Network
 from eval.methods import Method
 from nets import build_matcher
@@ -30,16 +30,19 @@ class ScriptedState:
         matches = torch.where(scores > threshold, N - 1 - torch.arange(N), -1)
         return matches, matches.flip(1), scores, scores.flip(1)
 
-    def remove(self, threshold):
+    def remove(self, threshold, n_min_tokens):
+        self.network.pooled_above.append(n_min_tokens)
         self.network.removed.append((self.iteration, pytest.approx(threshold)))
 
 
 class ScriptedNetwork:
     """Finds counts[t] = (strong, weak) matches at iteration t, and notes what is done to it."""
 
+    n_min_tokens = 256
+
     def __init__(self, counts, pools=True):
         self.counts, self.pools, self.n_layers = counts, pools, len(counts)
-        self.started, self.removed = 0, []
+        self.started, self.removed, self.pooled_above = 0, [], []
 
     def iterate(self, data, n_layers):
         for t in range(n_layers):
@@ -302,3 +305,18 @@ def test_one_shot_is_matched_once_for_all_estimators_and_they_get_what_is_used()
     assert len(calls) == 1 and first.pose[2] == [[0, 2], [3, 1]] and second.pose is None
     assert first.all_matches.tolist() == [[0, 2], [2, 0], [3, 1]] and first.used.tolist() == [True, False, True]
     assert first.n_iterations == 9 and first.stopped_early is None
+
+
+# the published protocol
+
+@pytest.mark.parametrize("published, use_uncertainty, above", [
+    (False, False, 256), (False, True, 256), (True, False, None), (True, True, 255)])
+def test_published_program_pools_with_uncertainty_alone_and_also_256_keypoints(published, use_uncertainty, above):
+    network = ScriptedNetwork([ENOUGH] * 6)
+    match_iteratively(network, DATA, ScriptedEstimator(A, B, C), use_uncertainty, published=published)
+    assert network.pooled_above == ([] if above is None else [above])
+
+
+def test_a_translation_that_changes_its_sign_is_another_one():
+    R, t = A
+    assert same_pose((R, t), (R, t)) and not same_pose((R, t), (R, -t))

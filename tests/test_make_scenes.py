@@ -1,5 +1,8 @@
 """Procedural scenes: exact geometry, the three layouts and their conventions, determinism, resuming, bad input."""
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import h5py
@@ -328,6 +331,18 @@ def test_bad_input_ends_in_one_line_and_status_2(arguments, word, tmp_path, monk
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_stray(tmp_path, capsys):
+    """No file may grow beyond a few bytes: images, depth maps and calibrations all say so."""
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000)); " \
+             "from dump.make_scenes import main; from tools.cli import run; sys.exit(run(main))"
+    arguments = ["--scenes", "1", "--images_per_scene", "2", "--size", "80", "64", "--workers", "1"]
+    result = subprocess.run([sys.executable, "-c", script, "--save_path", tmp_path / "out", *arguments], text=True,
+                            cwd=Path(__file__).parents[1], capture_output=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob(".*.tmp*"))
 
 
 def test_a_file_for_a_folder_is_refused(tmp_path, capsys):

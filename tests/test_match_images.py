@@ -1,7 +1,11 @@
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,7 +28,7 @@ from training.start import warm_start
 
 KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
         "scores0", "scores1", "matches", "matching_scores", "K0", "K1", "K_source0", "K_source1", "R", "t", "inliers",
-        "settings"}
+        "translation_determined", "settings"}
 RATIO = ("--matching_method", "NN_ratio", "--max_keypoints", "400")
 
 
@@ -532,3 +536,59 @@ def test_settings_are_in_the_file(scene, tmp_path):
                    tmp_path) == 0
     settings = json.loads(str(load(tmp_path / "a_sub-b.npz")["settings"]))
     assert settings["estimator"] == "magsac" and settings["seed"] == 3 and settings["matching_method"] == "NN_ratio"
+
+
+# real people's folders
+
+def test_results_beside_the_images_are_no_images(scene, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in NAMES[:2]:
+        (folder / Path(name).name).write_bytes((scene / "images" / name).read_bytes())
+    (folder / "more").symlink_to(folder)  # a loop
+    images = match_images.find_images(folder)
+    assert len(images) == 2
+    for _ in range(2):
+        assert command(folder, *RATIO, "--save_path", folder) == 0
+        assert match_images.find_images(folder) == images
+
+
+def test_a_folder_that_is_a_link_is_followed(scene, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "linked").symlink_to(scene / "images")
+    assert len(match_images.find_images(tmp_path / "photos")) == len(match_images.find_images(scene / "images")) > 1
+
+
+def test_names_too_long_for_one_are_shortened():
+    long = [Pair("a" * 200 + ".jpg", "é" * 100 + f"{number}.jpg") for number in range(3)]
+    names = match_images.output_names(long)
+    assert len(set(names)) == 3 and names == match_images.output_names(long)
+    assert all(len(os.fsencode(f"{name}_iterations.png")) <= 255 for name in names)
+
+
+def test_two_identical_images_determine_no_translation(scene, capsys):
+    image = cv2.imread(str(scene / "images" / NAMES[0]), cv2.IMREAD_GRAYSCALE)
+    found = match_images.match_images(image, image.copy(), CAMERAS[0], CAMERAS[0], matching_method="NN_ratio",
+                                      feature_type="sift")
+    assert found.R is not None and not found.translation_determined
+    assert "translation (not determined)" in describe_pose(found)
+
+
+@pytest.mark.parametrize("image, said", [
+    (np.zeros((40, 50)), "float64"), (np.zeros((40, 50, 4), np.uint8), "uint8"), (np.zeros(40, np.uint8), "(40,)"),
+    (np.zeros((0, 50), np.uint8), "(0, 50)"), (np.zeros((40, 50), bool), "bool")])
+def test_arrays_that_are_no_images(image, said):
+    with pytest.raises(InputError, match="an image is an array .*" + re.escape(said)):
+        match_images.match_images(image, image, matching_method="NN_ratio", feature_type="sift")
+
+
+@pytest.mark.parametrize("wrong", [[300, 300, 160, 120], np.diag([-1, 1, 1]), np.full((3, 3), np.nan), "K", np.eye(4)])
+def test_what_is_no_camera_matrix(wrong):
+    image = np.zeros((40, 50), np.uint8)
+    with pytest.raises(InputError, match="K is not a camera matrix"):
+        match_images.match_images(image, image, wrong, np.eye(3), matching_method="NN_ratio", feature_type="sift")
+
+
+def test_a_backend_of_a_notebook_that_is_not_here_is_no_hindrance():
+    subprocess.run([sys.executable, "-c", "import tools.visualize"], check=True, cwd=Path(__file__).parent.parent,
+                   env={**os.environ, "MPLBACKEND": "module://not_here.backend"})

@@ -5,8 +5,14 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from eval.metrics import epipolar_error, pose_error
-from eval.pose import ESTIMATORS, PROSAC_ITERATIONS, estimate_pose
-from tools.geometry import essential_matrix, make_pose, project
+from eval.pose import (
+    ESTIMATORS,
+    PROSAC_ITERATIONS,
+    PUBLISHED_ESTIMATOR,
+    estimate_pose,
+    translation_is_determined,
+)
+from tools.geometry import essential_matrix, make_pose, project, to_camera_coordinates
 
 METHODS = list(ESTIMATORS)
 # two very different cameras: a mean of the two intrinsics would fit neither
@@ -148,3 +154,42 @@ def test_with_scores_poselib_tries_strong_matches_first_and_not_for_long(monkeyp
     assert max(pose_error(T_0to1, R, t)) > 5
     estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0)
     assert draws[:2] == [PROSAC_ITERATIONS] * 2 and draws[2] > PROSAC_ITERATIONS
+
+
+def test_published_program_counts_every_match_in_front_of_both_cameras():
+    keypoints0, keypoints1, T_0to1 = two_views(n=300, n_wrong=100)
+    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, PUBLISHED_ESTIMATOR)
+    ours = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "magsac")[2]
+    assert max(pose_error(T_0to1, R, t)) < 0.1
+    assert inliers[:200].all() and 20 < inliers[200:].sum() < 100 and ours[200:].sum() < 10
+    # in front: both depths of the point between the two rays are positive
+    P1 = np.c_[R, t]
+    points = cv2.triangulatePoints(np.eye(3, 4), P1, *(to_camera_coordinates(k, K).T for k, K in
+                                                       ((keypoints0, K0), (keypoints1, K1))))
+    points = (points[:3] / points[3]).T
+    agree = inliers == ((points[:, 2] > 0) & ((points @ R.T + t)[:, 2] > 0))
+    assert agree.mean() > 0.95
+
+
+def test_published_program_runs_1000_iterations(monkeypatch):
+    seen = []
+    find = cv2.findEssentialMat
+    monkeypatch.setattr(cv2, "findEssentialMat", lambda *a, **k: (seen.append(k["maxIters"]), find(*a, **k))[1])
+    keypoints0, keypoints1, _ = two_views()
+    for method in (PUBLISHED_ESTIMATOR, "magsac"):
+        estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, method)
+    assert seen == [1000, 5000]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_translation_of_a_camera_that_turned_on_the_spot_is_not_determined(noise):
+    keypoints0, _, T_0to1 = two_views(seed=1)
+    R = T_0to1[:3, :3]
+    rays = np.c_[to_camera_coordinates(keypoints0, K0), np.ones(300)] @ R.T
+    keypoints1 = rays[:, :2] / rays[:, 2:] * [K1[0, 0], K1[1, 1]] + K1[:2, 2]
+    keypoints1 += np.random.default_rng(0).normal(0, noise, keypoints1.shape)
+    assert not translation_is_determined(keypoints0, keypoints1, K0, K1, R, 3.0)
+    assert not translation_is_determined(keypoints0, keypoints0, K0, K0, np.eye(3), 3.0)
+    keypoints0, keypoints1, T_0to1 = two_views(noise=noise)
+    assert translation_is_determined(keypoints0, keypoints1, K0, K1, T_0to1[:3, :3], 3.0)
+    assert not translation_is_determined(np.zeros((0, 2)), np.zeros((0, 2)), K0, K1, np.eye(3), 3.0)

@@ -357,6 +357,28 @@ def test_missing_and_damaged_images_are_left_out(tmp_path):
     assert [path is None for path in paths] == [True, True, True, False, True, False]
 
 
+def test_an_image_of_another_size_than_its_camera_is_left_out_and_named(tmp_path, capsys):
+    for scene in ("0000", "0001"):
+        _, names = write_raw(tmp_path, scene)
+    turned = np.zeros((W, H), np.uint8)
+    write_image(tmp_path / "MegaDepth_v1_SfM" / "0000" / "images" / names[0], turned)
+    assert command(tmp_path, "--workers", "2") == 1
+    assert f"  0000 {names[0]}: the image is {H}x{W}, its COLMAP camera {W}x{H}\n" in capsys.readouterr().err
+    infos = [load_scene_info(tmp_path / "scene_info" / f"{scene}.0.npz")["image_paths"] for scene in ("0000", "0001")]
+    assert [path is None for path in infos[0]] == [True, True, False, False, True, False]
+    assert [path is None for path in infos[1]] == [False, True, False, False, True, False]
+    # undistorted elsewhere: the same check
+    write_image(tmp_path / infos[1][2], turned)
+    (tmp_path / "scene_info" / "0001.0.npz").unlink()
+    assert command(tmp_path) == 1 and f"  0001 {names[2]}: the image is" in capsys.readouterr().err
+
+
+def test_a_name_in_the_model_that_leaves_its_folder_is_refused():
+    images = {1: SimpleNamespace(name="../a.jpg", camera=SimpleNamespace(width=1, height=1))}
+    usable, skipped = dump.preprocess_megadepth.usable_images(SimpleNamespace(images=images), "images")
+    assert not usable and "must lie below" in skipped[0][1]
+
+
 def test_an_image_that_could_not_be_written_stops_the_scene(tmp_path, monkeypatch):
     write_raw(tmp_path)
     undistort_images = pycolmap.undistort_images

@@ -1,7 +1,11 @@
 """What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
 import argparse
+import errno
 import math
+import os
 import sys
+import traceback
+from concurrent.futures import BrokenExecutor
 
 # OpenCV counts in 32 bits, and is asked for twice as many keypoints where places are to be unique
 MOST_KEYPOINTS = 2 ** 30 - 1
@@ -11,20 +15,75 @@ class InputError(Exception):
     """A mistake in what the user gave: one line that names the file or option and says how to mend it."""
 
 
+class OutputError(OSError):
+    """What is written to is at fault (full, read-only, not permitted): it ends a whole job, not one of its items.
+
+    Arguments as OSError's: number, text, path.
+    """
+
+    def __str__(self):
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
+# of the machine, not of a file that is read
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def describe_error(error: BaseException) -> str:
+    """One line about any error, at most 500 characters."""
+    if isinstance(error, InputError | OutputError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError):
+        text = "not enough memory"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else f"{text[:400]} ... {text[-90:]}"
+
+
+def reason(error: Exception) -> str:
+    """Why one item of a long job is skipped: the boundary around each item, for any exception.
+
+    Raises `error` again if it is not the item's fault and would meet the next one too.
+    """
+    if isinstance(error, OutputError | BrokenExecutor) or getattr(error, "errno", None) in _MACHINE_ERRORS:
+        raise error
+    return describe_error(error)
+
+
 def run(main, argv=None) -> int:
-    """Call `main(argv) -> exit status` and turn a user's mistake into one line and status 2.
+    """Call `main(argv) -> exit status`, the boundary around each command: any error becomes one line and status 2.
 
     Status 0: done. 1: done, but some items were skipped (the command listed them). 2: nothing could be done.
-    130: stopped by Ctrl-C.
+    130: stopped by Ctrl-C. `--debug` among the arguments shows an error's traceback; `~` is the home folder.
     """
+    argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in argv
     try:
-        return main(argv) or 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return main([argument for argument in argv if argument != "--debug"]) or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = isinstance(error, InputError | OSError | MemoryError)
+        print(f"error: {describe_error(error)}" + ("" if known else " (unexpected; --debug shows where)"),
+              file=sys.stderr)
+        return 2
+
+
+def _expand_home(argument: str) -> str:
+    """~/x and --option=~/x with the home folder, as a shell does not do it for the latter."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--") and value.startswith("~"):
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument) if argument.startswith("~") else argument
 
 
 def whole_number(least: int, most: int = 2 ** 31 - 1):

@@ -1,32 +1,52 @@
 """Files that appear whole or not at all, and the few formats that every step reads."""
+import codecs
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-from pathlib import Path
+import stat
+import tempfile
+import uuid
+from pathlib import Path, PureWindowsPath
 
 import cv2
 import h5py
 import numpy as np
+from PIL import Image
 
-from tools.cli import InputError
+from tools.cli import InputError, OutputError, describe_error
+
+MAX_PIXELS = 2 ** 28  # of an image or depth map, by its header
+FLOAT_SUFFIXES = (".exr", ".pfm", ".tif", ".tiff")
+MAX_COMPRESSION = 1100  # of HDF5's filters: deflate reaches 1032
+SMALL_BYTES = 2 ** 24  # may be asked for whatever a file's size
+Image.MAX_IMAGE_PIXELS = None  # ours is checked instead
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file is said once, by us
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a path beside `path` to write to; it takes `path`'s name when the block ends without an error.
 
-    The temporary name keeps the suffix, because some writers choose the format by it.
+    The temporary name keeps the suffix, because some writers choose the format by it. A link at `path` is replaced.
+    What the system refuses is an OutputError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    stem = os.fsdecode(os.fsencode(path.stem)[:200])  # file systems allow 255 bytes
+    temporary = path.with_name(f".{stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name with no content
         os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def remove_strays(folder) -> None:
@@ -39,6 +59,8 @@ def remove_strays(folder) -> None:
 
 
 def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # os.kill would send it Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -53,12 +75,43 @@ def file_hash(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def check_file(path, what: str = "file") -> None:
+    """InputError unless `path` is a regular file, or a link to one: a FIFO or device is never opened."""
+    try:
+        kind = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} not found: {path}" if isinstance(error, FileNotFoundError | NotADirectoryError) else
+                         f"cannot read {what} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(kind):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a device or pipe'}, not a {what}")
+
+
+def below(folder, name) -> Path:
+    """folder / name, for a name that was read from data; InputError if it leads out of the folder."""
+    name = str(name)
+    parts = PureWindowsPath(name)  # knows both kinds of slash, and drives
+    if not name or "\0" in name or parts.drive or parts.root or ".." in parts.parts:
+        raise InputError(f"name {name[:200]!r} is refused: it must lie below its folder")
+    return Path(folder, name)
+
+
 def check_folder(path) -> None:
-    """InputError if `path` cannot be a folder to write to, because it or a folder above it is a file."""
+    """OutputError if `path` cannot be a folder that files are written to; it is left as it was, there or not."""
     path = Path(path).absolute()
-    there = next(part for part in (path, *path.parents) if part.exists())
+    new = [part for part in (path, *path.parents) if not part.exists()]
+    there = path if not new else new[-1].parent
     if not there.is_dir():
         raise InputError(f"{there} is a file, not a folder to write to")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(error.errno, error.strerror, str(path)) from None
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_json(path, content) -> None:
@@ -67,45 +120,89 @@ def write_json(path, content) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def read_text(path) -> str:
+    """Text as editors save it: UTF-8 with or without a BOM, UTF-16 with one, or Latin-1; else InputError."""
+    check_file(path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in (("utf-16",) if utf16 else ("utf-8-sig", "latin-1")):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            if "\0" not in text:
+                return text.replace("\r\n", "\n").replace("\r", "\n")
+    raise InputError(f"cannot read {path}: it is not a text file")
+
+
 def read_json(path):
     """Read a JSON file; InputError names the file when it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
 def read_lines(path) -> list[str]:
     """Non-empty lines of a text file, stripped; lines that start with # are left out."""
+    lines = (line.strip() for line in read_text(path).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def header_size(path) -> tuple[int, int] | None:
+    """(w, h) of an image file by its header, as stored; None where that is not known without decoding it."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        check_file(path, "image")
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # whatever a damaged file makes of Pillow's readers: OpenCV decides then
+        return None
 
 
 def read_image(path, color: bool = False) -> np.ndarray:
-    """Read an image as stored, that is, ignoring EXIF orientation: every K of SPEC 1 is for the stored image.
+    """Read an image as stored, that is, ignoring EXIF orientation: every K is for the stored image.
 
-    Returns uint8 (H, W), or (H, W, 3) in BGR order with `color`. InputError if it cannot be decoded.
+    Returns uint8 (H, W), or (H, W, 3) in BGR order with `color`, whatever bit depth is stored; floating-point images
+    are scaled by their largest value. InputError if it cannot be decoded, or has more than MAX_PIXELS.
     """
+    check_file(path, "image")
+    size = header_size(path)
+    if size and size[0] * size[1] > MAX_PIXELS:
+        raise InputError(f"image {path} is too large: {size[0]}x{size[1]}, at most {MAX_PIXELS / 1e6:.0f} megapixels")
     flag = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
-    if not Path(path).is_file():
-        raise InputError(f"image not found: {path}")
-    image = cv2.imread(str(path), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    # which OpenCV would cut to whole numbers
+    image = _from_floats(path, color) if Path(path).suffix.lower() in FLOAT_SUFFIXES else None
+    image = _decode(path, flag) if image is None else image
     if image is None:
         raise InputError(f"not a readable image: {path}")
     return image
 
 
+def _from_floats(path, color: bool) -> np.ndarray | None:
+    image = _decode(path, cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype.kind != "f" or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        return None
+    image = np.nan_to_num(image, posinf=0, neginf=0).astype(np.float32)
+    image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
+    if image.ndim == 3:
+        return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if color else image
+
+
+def _decode(path, flag: int) -> np.ndarray | None:
+    try:
+        return cv2.imread(str(path), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+
+
 def write_image(path, image: np.ndarray, quality: int = 95) -> None:
     """Write a BGR or gray image, atomically; the format follows the suffix, quality is JPEG's."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if Path(path).suffix in (".jpg", ".jpeg") else []
+    data = cv2.imencode(Path(path).suffix, image, options)[1]
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), image, options):
-            raise InputError(f"cannot write image {path}")
+        temporary.write_bytes(data)  # imwrite does not say when a disk is full
 
 
 def read_depth(path) -> np.ndarray:
@@ -113,22 +210,74 @@ def read_depth(path) -> np.ndarray:
 
     65535 in a PNG is unknown too; so is anything negative or not finite.
     """
-    if not Path(path).is_file():
-        raise InputError(f"depth map not found: {path}")
-    if Path(path).suffix == ".png":
-        stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    check_file(path, "depth map")
+    if Path(path).suffix.lower() == ".png":
+        size = header_size(path)
+        stored = _decode(path, cv2.IMREAD_UNCHANGED) if size and size[0] * size[1] <= MAX_PIXELS else None
         if stored is None or stored.ndim != 2 or stored.dtype != np.uint16:
             raise InputError(f"not a 16-bit depth PNG: {path}")
         return np.where(stored == 65535, 0, stored).astype(np.float32) / 1000
     try:
-        with h5py.File(path, "r") as file:
-            depth = file["depth"][()].astype(np.float32)
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        with open_hdf5(path) as file:
+            depth = hdf5_array(file, "depth", (None, None), "fiu")
+    except InputError as error:
         raise InputError(f"not a depth map (HDF5 with a dataset 'depth'): {path} ({error})") from None
+    with np.errstate(over="ignore"):
+        depth = depth.astype(np.float32)
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+
+
+@contextlib.contextmanager
+def open_hdf5(path):
+    """An HDF5 file to read; whatever goes wrong with it inside the block is an InputError that names it."""
+    check_file(path)
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {path}: {describe_error(error)}") from None
+
+
+def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -> np.ndarray:
+    """Dataset `name` of an open HDF5 file or group, read as a whole; InputError if it is not as expected.
+
+    shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
+    checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
+    """
+    group, where = file, f"{name} of {file.file.filename}"
+    for part in name.strip("/").split("/"):
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{where} is {'missing' if link is None else 'a link to elsewhere'}")
+        group = group[part]
+    if not isinstance(group, h5py.Dataset) or group.shape is None or group.external or group.is_virtual:
+        raise InputError(f"{where} is not a plain dataset")
+    if group.dtype.kind not in kind:
+        raise InputError(f"{where} is of type {group.dtype}")
+    if shape is not None and (len(shape) != len(group.shape)
+                              or any(n is not None and n != there for n, there in zip(shape, group.shape))):
+        raise InputError(f"{where} has shape {group.shape}, not {shape}".replace("None", "any"))
+    largest = max(SMALL_BYTES, MAX_COMPRESSION * group.id.get_storage_size())
+    chunk = math.prod(group.chunks or (1,)) * group.dtype.itemsize
+    if group.size > MAX_PIXELS * 4 or max(group.nbytes, chunk) > largest:
+        raise InputError(f"{where} claims shape {group.shape}, more than the file holds")
+    return group[()]
+
+
+def hdf5_image(write) -> bytes:
+    """The bytes of an HDF5 file that `write(file)` fills, made in memory: h5py cannot recover from a full disk."""
+    with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
+        write(file)
+        file.flush()
+        return file.id.get_file_image()
 
 
 def write_depth(path, depth: np.ndarray) -> None:
     """Write a depth map (H, W) as MegaDepth does: HDF5, dataset "depth", float32."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("depth", data=depth.astype(np.float32), compression="lzf")
+    # not lzf: its hash table is not initialised, so what it writes depends on what was in memory
+    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="gzip",
+                                                       compression_opts=1))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)

@@ -1,13 +1,21 @@
 """Drawing only: matches between two images, the iterations of a pair, and curves."""
+import importlib.util
+import os
+import sys
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.spatial import KDTree
 
 from tools.files import atomic_path
+
+# a notebook names its backend to the processes that it starts, where that may not be installed
+_SCHEME, _, _MODULE = os.environ.get("MPLBACKEND", "").partition("://")
+if "matplotlib" not in sys.modules and _SCHEME == "module" and not importlib.util.find_spec(_MODULE.split(".")[0]):
+    del os.environ["MPLBACKEND"]
+from matplotlib.figure import Figure  # noqa: E402
 
 VIEW_SIDE = 640  # pixels, the longer side of a view in a picture at most
 GAP = 8
