@@ -81,7 +81,7 @@ from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.pair_list import read_pair_list
 from tools.records import read_record, write_record
-from tools.safe_pickle import load_pickle
+from tools.safe_pickle import load_pickle, numbers
 
 FORMAT = "imp-eval"
 VERSION = 1
@@ -238,6 +238,7 @@ def _yfcc_scene(raw_data_dir, scene) -> list[tuple[View, View]]:
     path = next((path for path in lists if path.name == f"{scene}-te-1000-pairs.pkl"), lists[0])
     content = load_pickle(path)
     try:
+        numbers(content, None, 2)  # level by level: a list of a pickle may hold itself, which has no size
         pairs = np.array(content).reshape(len(content), -1)
     except Exception as error:  # ragged, for one
         raise InputError(f"{path} is no list of pairs of image numbers: {error}") from None

@@ -257,6 +257,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     index_of = {path: i for i, path in record_paths.items()}
     if len(index_of) < len(record_paths):
         raise InputError(f"{info_path}: two images have the same file name, and would share a keypoint record")
+    skipped = info.get("left_out", [])
     del info  # its points are most of the memory
 
     tasks = list(task_of.values())
@@ -314,7 +315,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
         "few_keypoints": sum(result is False for result in outcome.values()),
         "rejected": {"image_left_out": len(pairs) - len(usable), "few_keypoints_with_depth": few_with_depth,
                      "few_matches": len(usable) - few_with_depth - done},
-        "skipped": [[str(image_paths[i]), outcome[i]] for i in left_out if outcome[i] is not False],
+        "skipped": skipped + [[str(image_paths[i]), outcome[i]] for i in left_out if outcome[i] is not False],
         "bytes": keypoint_bytes + sum(match_path(save_path, scene, k).stat().st_size for k in range(done)),
         "keypoint_bytes": keypoint_bytes,
     }

@@ -9,7 +9,14 @@ import pytest
 
 from tools.cli import InputError
 from tools.safe_pickle import load_npz, load_pickle, numbers
-from tools.scene_info import MATRIX_FIELDS, OBJECT_FIELDS, list_scenes, load_scene_info, write_scene_info
+from tools.scene_info import (
+    MATRIX_FIELDS,
+    OBJECT_FIELDS,
+    candidate_pairs,
+    list_scenes,
+    load_scene_info,
+    write_scene_info,
+)
 
 WITNESS = "code_ran"
 
@@ -203,6 +210,49 @@ def test_damaged_and_foreign_files_are_named():
                           ("missing.npz", "not found")):
         with pytest.raises(InputError, match=message):
             load_scene_info(name)
+
+
+def broken(**values):
+    """A scene_info whose first of two images has these values."""
+    info = scene_info()
+    info["image_paths"][1] = info["depth_paths"][1] = "b"
+    info["depth_paths"][0] = "a.h5"
+    info["poses"] = objects(np.eye(4), np.eye(4))
+    for name, value in values.items():
+        info[name][0] = value
+    return info
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"intrinsics": np.zeros((3, 3))}, "intrinsics are no camera matrix"),
+    ({"intrinsics": np.full((3, 3), np.nan)}, "no camera matrix"),
+    ({"intrinsics": np.eye(4)}, "intrinsics is not of 3 x 3 numbers"), ({"intrinsics": "f"}, "is not of"),
+    ({"poses": np.diag([1, 1, -1.0, 1])}, "the pose is no rotation"), ({"poses": np.zeros((4, 4))}, "the pose is no"),
+    ({"poses": np.full((4, 4), np.inf)}, "the pose is no"), ({"poses": {}}, "pose is not of 4 x 4 numbers"),
+    ({"image_paths": "../a.jpg"}, "'../a.jpg'"), ({"image_paths": 7}, "a path is no text"),
+    ({"depth_paths": "/etc/a.h5"}, "/etc/a.h5"), ({"points3D_id_to_2D": [1]}, "3D points"),
+    ({"points3D_id_to_2D": {"a": [1, 2]}}, "3D points"), ({"points3D_id_to_2D": {2 ** 64: [1, 2]}}, "3D points"),
+])
+def test_an_image_that_cannot_be_used_is_left_out_and_named(values, message):
+    write_scene_info("0.npz", broken(**values))
+    info = load_scene_info("0.npz")
+    assert info["image_paths"].tolist() == [None, "b"] and info["poses"][0] is None
+    [(name, why)] = info["left_out"]
+    assert message in why and name == str(values.get("image_paths", "Undistorted_SfM/0000/images/a.jpg"))
+    assert candidate_pairs(info).shape == (0, 2)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"overlap_matrix": np.ones((3, 3))}, r"overlap_matrix is \(3, 3\), for 2 images"),
+    ({"overlap_matrix": objects("a", "b")}, "overlap_matrix is"),
+    ({"poses": [np.eye(4)]}, "poses is missing, or not for"),
+    ({"angles": np.array([["a", "b"]] * 2)}, "angles is not of 2 x 2 numbers"), ({"image_paths": []}, "for 0 images"),
+    ({"intrinsics": [np.zeros((3, 3))] * 2}, "has no image that can be used; the first: .*no camera"),
+])
+def test_a_scene_info_that_is_wrong_as_a_whole(values, message):
+    write_scene_info("0.npz", {**broken(), **values})
+    with pytest.raises(InputError, match=message):
+        load_scene_info("0.npz")
 
 
 def test_scenes_are_listed_and_missing_ones_named(tmp_path):

@@ -98,20 +98,15 @@ def below(folder, name) -> Path:
 def check_folder(path) -> None:
     """OutputError if `path` cannot be a folder that files are written to; it is left as it was, there or not."""
     path = Path(path).absolute()
-    new = [part for part in (path, *path.parents) if not part.exists()]
-    there = path if not new else new[-1].parent
+    there = next(part for part in (path, *path.parents) if part.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file, not a folder to write to")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        # not by making the folder and removing it: another process may be about to write there
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise OutputError(error.errno, error.strerror, str(path)) from None
-    finally:
-        for folder in new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def write_json(path, content) -> None:

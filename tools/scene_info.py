@@ -22,10 +22,10 @@ MIN_SHARED_POINTS = 20
 
 def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
-    K, pose = numbers(K, 3, 3, what="K"), numbers(pose, 4, 4, what="pose")
+    K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
     # a comparison with NaN is false
     if not (np.abs(K).max() < 1e9 and min(K[0, 0], K[1, 1], np.linalg.det(K)) > 1e-6 and (K[2] == [0, 0, 1]).all()):
-        raise InputError("K is no camera matrix")
+        raise InputError("the intrinsics are no camera matrix")
     R = pose[:3, :3]
     if not (np.abs(pose).max() < 1e12 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2 and np.linalg.det(R) > 0
             and (pose[3] == [0, 0, 0, 1]).all()):
@@ -45,8 +45,9 @@ def load_scene_info(path) -> dict:
     """Read a scene_info .npz -> dict of arrays by the names of OBJECT_FIELDS and MATRIX_FIELDS that are there.
 
     intrinsics and poses are float64, K in COLMAP's pixel convention. An image whose paths, K, pose or points cannot be
-    used has None for them all, and is named on stderr. InputError if the file is missing, damaged, lacks a field, holds
-    pickled objects other than arrays, dicts, lists and numbers, or has no image that can be used.
+    used has None for them all, and is in the entry `left_out`: [[name, reason]], which is there if there are such.
+    InputError if the file is missing, damaged, lacks a field, holds pickled objects other than arrays, dicts, lists and
+    numbers, or has no image that can be used.
     """
     info = load_npz(path)
     missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
@@ -77,15 +78,13 @@ def load_scene_info(path) -> dict:
                     isinstance(id, (int, np.integer)) and 0 <= id < 2 ** 63 for id in points or ()):
                 raise InputError("its 3D points are no dict by number")
         except InputError as error:
-            left_out.append(f"{str(info['image_paths'][i])[:200]!r}: {error}")
+            left_out.append([str(info["image_paths"][i]), str(error)])
             for name in OBJECT_FIELDS:
                 if name in info:
                     info[name][i] = None
     if left_out and len(left_out) == n:
-        raise InputError(f"{path} has no image that can be used; the first, {left_out[0]}")
-    if left_out:
-        print(f"note: {path}: {len(left_out)} of {n} images are left out; the first, {left_out[0]}", file=sys.stderr)
-    return info
+        raise InputError(f"{path} has no image that can be used; the first: {left_out[0][1]}")
+    return {**info, "left_out": left_out} if left_out else info
 
 
 def write_scene_info(path, info: dict) -> None:

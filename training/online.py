@@ -5,6 +5,7 @@ each odd one: 2 views make 1 pair, 4 make 4, 6 make 9. A view is a function of t
 not matter who makes it.
 """
 import functools
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,8 @@ class SceneSource:
         self.infos = {}
         for scene, path in tqdm(list_scenes(base_path, scene_list).items(), "scenes", leave=False, disable=None):
             info = load_scene_info(path)
+            for name, why in info.get("left_out", []):
+                print(f"note: {path}: {name} is left out: {why}", file=sys.stderr)
             pairs = candidate_pairs(info)
             if len(pairs):
                 # the 3D points, which are most of it, are not needed any more
