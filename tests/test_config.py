@@ -27,6 +27,12 @@ def test_zero_and_one_are_flags_and_whole_numbers_are_numbers(tmp_path):
     assert isinstance(config["lr"], float)
 
 
+def test_texts_that_say_a_number_or_nothing(tmp_path):
+    config = load(tmp_path, {"lr": "1e-4", "layers": "9", "weight_path": "None"})
+    assert (config["lr"], config["layers"], config["weight_path"]) == (1e-4, 9, None)
+    assert load(tmp_path, {"weight_path": "a.pth"}, "--weight_path", "null")["weight_path"] is None
+
+
 @pytest.mark.parametrize("content, message", [
     ({"layer": 9}, "unknown key 'layer'; did you mean 'layers'"),
     ({"layers": 9.5}, "layers should be a whole number"),
@@ -44,6 +50,7 @@ def test_mistakes_in_the_file_are_named(tmp_path, content, message):
 @pytest.mark.parametrize("arguments, message", [
     (["--batchsize", "8"], "unknown key"),
     (["--layers", "many"], "layers should be a whole number"),
+    (["--network", "null"], "network should be a text"),
     (["--layers"], "--layers lacks a value"),
     (["layers", "3"], "unexpected argument"),
 ])
@@ -67,6 +74,18 @@ def test_missing_file():
     ({"batch_size": 0}, "batch_size 0: expected at least 1"),
     ({"min_inliers": 50, "max_inliers": 20}, "min_inliers 50 is more"),
     ({"its_per_epoch": 0}, "its_per_epoch 0"),
+    ({"its_per_epoch": -2}, "its_per_epoch -2: expected at least -1"),
+    ({"layers": 10 ** 9}, "layers 1000000000: expected at most 1000"),
+    ({"sinkhorn_iterations": "1e9"}, "sinkhorn_iterations should be a whole number"),
+    ({"sinkhorn_iterations": 10 ** 9}, "sinkhorn_iterations 1000000000: expected at most"),
+    ({"n_min_tokens": -1}, "n_min_tokens -1: expected at least 0"),
+    ({"lr": "nan"}, "lr nan: expected a finite number"),
+    ({"lr": 10 ** 400}, "lr inf: expected a finite number"),
+    ({"seed": 10 ** 400}, "seed 1000+: expected at most"),
+    ({"batch_size": True}, "batch_size should be a whole number"),
+    ({"match_threshold": 1.5}, "match_threshold 1.5: expected at most 1"),
+    ({"online": 1, "online_sources": [{"path": "x", "weight": 10 ** 400}]}, "online_sources: weight"),
+    ({"eval_confg": 1}, "unknown key 'eval_confg'"),
 ])
 def test_training_settings_are_checked(tmp_path, values, message):
     path = tmp_path / "config.json"
@@ -83,3 +102,22 @@ def test_published_schedule_is_what_the_shipped_config_says():
                 "ac_fn": "relu", "with_sinkhorn": True, "n_min_tokens": 256, "optim": "adam"}
     assert {key: config[key] for key in expected} == expected
     assert set(config) == set(DEFAULTS)
+
+
+def test_a_configuration_of_the_original_is_read(tmp_path, capsys):
+    unused = {"name": "DGNNS", "dataset": "megadepth", "network_1": "gm", "network_2": "adagmn", "base_path_": "/data",
+              "scene_list_fn_": "a.txt", "scene_list_fn_validation": "b.txt", "min_overlap_ratio": 0.1,
+              "max_overlap_ratio": 0.7, "image_size": [640, 480], "pre_load": False, "error_th": 5, "train": 1,
+              "optim_": "adamw", "eval_config": {"a": 1}, "with_dist": True}
+    used = {"network": "dgnns", "feature": "spp", "base_path": "/data/dump", "scene_list_fn": "assets/train.txt",
+            "pairs_per_scene": 80, "max_keypoints": 1024, "min_inliers": 32, "max_inliers": 512,
+            "random_inliers": True, "batch_size": 16, "epochs": 10000, "its_per_epoch": 1000, "lr": 0.0001,
+            "min_lr": 1e-6, "decay_rate": 0.999992, "decay_iter": 200000, "optim": "adam", "layers": 15,
+            "norm_fn": "in", "ac_fn": "relu", "with_sinkhorn": True, "with_pose": 0, "n_min_tokens": 256,
+            "gpu": [0, 1], "workers": 16, "save_path": "runs/a", "weight_path": "None", "resume_path": "None"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**unused, **used}))
+    config = load_train_config(path, [])
+    assert config == {**DEFAULTS, **used, "with_pose": False, "weight_path": None, "resume_path": None}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("not used here: " + ", ".join(unused))

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint, save_checkpoint
 from tools.cli import InputError, run
 from tools.files import write_image
+from tools.locks import locked
 from tools.manifest import match_path
 from tools.records import read_record, write_record
 from training import curves, trainer
@@ -551,6 +553,37 @@ def test_out_of_memory_names_what_to_lower(setup, tmp_path, capsys, workers):
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert "out of memory" in error and "batch_size 2" in error and "max_keypoints 12000000" in error
+
+
+def test_a_folder_has_one_training(setup, tmp_path):
+    with locked(tmp_path / "run" / ".lock"), pytest.raises(InputError, match="another training writes to"):
+        train_with(setup)
+    assert list((tmp_path / "run").glob("*")) == []
+    assert train_with(setup) == 0
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("raised, status, said", [
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+     InputError, "--shm-size"), (RuntimeError("CUDA error"), RuntimeError, "CUDA error")])
+def test_an_error_ends_the_run_and_its_processes(setup, monkeypatch, raised, status, said):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(trainer.Trainer, "_log", fail)
+    with pytest.raises(status, match=said):
+        train_with(setup, "--workers", 1)
+    assert not multiprocessing.active_children()
+
+
+def test_sample_making_processes_end_with_a_killed_run(setup, tmp_path):
+    process = start(setup, "--epochs", 100000, "--workers", 1)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "latest.pth").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=20)  # its output ends when the last process that has it is gone
 
 
 def test_bfloat16_trains_like_float32(setup, tmp_path):

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from training.data import (
     StepBatches,
     choose_keypoints,
     collate,
+    end_workers,
     make_loader,
     matching_mask,
 )
@@ -163,6 +166,18 @@ def test_same_samples_for_any_number_of_workers(dump):
     assert len(runs[0]) == 3
     assert_same_batches(runs)
     assert not torch.equal(runs[0][0]["keypoints0"], runs[0][1]["keypoints0"])
+
+
+def test_sample_making_processes_outlive_sigterm_and_end_with_the_run(dump):
+    batches = iter(make_loader(make_dataset(dump), StepBatches(0, 100, 1), 1, False))
+    next(batches)
+    (process,) = multiprocessing.active_children()
+    process.terminate()
+    process.join(0.5)
+    assert process.is_alive()
+    end_workers(batches)
+    process.join(5)
+    assert not process.is_alive()
 
 
 def test_a_run_goes_on_with_the_samples_it_would_have_had(dump):

@@ -1,6 +1,9 @@
 """Configurations: a dict of defaults, overlaid by a file and by the command line, every key checked."""
+import contextlib
 import difflib
 import json
+import math
+import sys
 from pathlib import Path
 
 import yaml
@@ -26,12 +29,18 @@ def read_yaml(path) -> dict:
 
 
 def _typed(key: str, value, default, source: str):
-    """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool; None: a string or nothing."""
+    """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool, a text that says a number for
+    one; None: a string or nothing, which the text "None" is too."""
     expected = str if default is None else type(default)
+    if default is None and value == "None":
+        return None
+    if expected in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = expected(value)
     if expected is bool and value in (0, 1):
         return bool(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2 ** 63 else math.inf
     if default is None and value is None:
         return None
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
@@ -41,7 +50,11 @@ def _typed(key: str, value, default, source: str):
 
 def overlay(defaults: dict, values: dict, source: str) -> dict:
     """`defaults` with `values` in their place; InputError names an unknown key and its nearest, or a wrong type."""
-    config = dict(defaults)
+    return {**defaults, **_checked(defaults, values, source)}
+
+
+def _checked(defaults: dict, values: dict, source: str) -> dict:
+    config = {}
     for key, value in values.items():
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
@@ -81,14 +94,20 @@ def _from_json(word: str):
         return {"True": True, "False": False, "None": None}.get(word, word)
 
 
-def load_config(path, defaults: dict, arguments: list[str]) -> dict:
-    """Defaults, overlaid by a JSON or YAML file and then by command-line `arguments` (see `parse_overrides`)."""
+def load_config(path, defaults: dict, arguments: list[str], unused=()) -> dict:
+    """Defaults, overlaid by a JSON or YAML file and then by command-line `arguments` (see `parse_overrides`).
+
+    unused: keys that the file may have and nobody needs, which are named and left out.
+    """
     content = read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold keys and values")
-    config = overlay(defaults, content, str(path))
+    left_out = [key for key in content if key in unused]
+    if left_out:
+        print(f"note: {path}: not used here: {', '.join(left_out)}", file=sys.stderr)
+    config = overlay(defaults, {key: value for key, value in content.items() if key not in unused}, str(path))
     overrides = parse_overrides(arguments)
     for key, value in overrides.items():
         if isinstance(defaults.get(key), list) and not isinstance(value, list):
             overrides[key] = [value]
-    return overlay(config, overrides, "command line")
+    return {**config, **_checked(defaults, overrides, "command line")}

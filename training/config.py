@@ -1,7 +1,7 @@
 """The knobs of training, with what they are when a config does not say."""
 import math
 
-from tools.cli import InputError
+from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
 
 DEFAULTS = {
@@ -91,11 +91,17 @@ CHOICES = {
     "optim": ("adam", "adamw"),
     "precision": ("float32", "bfloat16"),
 }
-LEAST = {"val_pairs": 1, "pairs_per_scene": 1, "max_keypoints": 1, "min_inliers": 0, "layers": 1, "batch_size": 1,
-         "sinkhorn_iterations": 1, "workers": 0, "warmup_its": 0, "keep_checkpoints": 1, "epochs": 1, "seed": 0,
-         "pose_weight": 0, "pose_start": 0, "view_size": 64, "extract_keypoints": 1, "min_keypoints": 1,
-         "inlier_th": 0, "outlier_th": 0, "eval_epochs": 1, "branch_lr": 0, "lr": 0, "min_lr": 0, "clip_grad": 0,
-         "decay_rate": 0, "decay_iter": 0, "max_minutes": 0, "contrast_threshold": 0}
+# What numbers may be: at least and at most; others: at least 0. None of the limits is one of the method's: beyond them
+# a run would only wait, or not start.
+RANGES = {"val_pairs": (1, 2 ** 31), "eval_epochs": (1, 2 ** 31), "pairs_per_scene": (1, 2 ** 31),
+          "max_keypoints": (1, 2 ** 30), "extract_keypoints": (1, MOST_KEYPOINTS), "min_keypoints": (1, 2 ** 31),
+          "online_views": (2, 64), "view_size": (64, 2 ** 14), "layers": (1, 1000), "sinkhorn_iterations": (1, 10000),
+          "match_threshold": (0, 1), "batch_size": (1, 2 ** 20), "epochs": (1, 2 ** 31), "its_per_epoch": (-1, 2 ** 31),
+          "workers": (0, 1024), "keep_checkpoints": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1)}
+# of the original's configurations
+UNUSED = ("name", "dataset", "network_1", "network_2", "base_path_", "scene_list_fn_", "scene_list_fn_validation",
+          "min_overlap_ratio", "max_overlap_ratio", "image_size", "pre_load", "error_th", "train", "optim_",
+          "eval_config", "with_dist")
 
 
 def _check_source(entry) -> None:
@@ -106,22 +112,25 @@ def _check_source(entry) -> None:
         raise InputError(f"online_sources: unknown key {min(unknown)!r} for {entry['path']}: it may have weight and "
                          "scene_list_fn")
     weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 2 ** 63:
         raise InputError(f"online_sources: weight {weight!r} of {entry['path']} should be a number above 0")
 
 
 def load_train_config(path, arguments: list[str]) -> dict:
     """Defaults, a JSON file and command-line overrides -> the configuration; InputError names what is wrong in it."""
-    config = load_config(path, DEFAULTS, arguments)
+    config = load_config(path, DEFAULTS, arguments, UNUSED)
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             raise InputError(f"{key} {config[key]!r}: expected one of {', '.join(choices)}")
     for key, value in config.items():
+        if type(value) not in (int, float):
+            continue
+        least, most = RANGES.get(key, (0, 2 ** 63))
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} {value}: expected a finite number")
-    for key, least in LEAST.items():
-        if config[key] < least:
-            raise InputError(f"{key} {config[key]}: expected at least {least}")
+        if not least <= value <= most:
+            expected = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"{key} {str(value)[:40]}: expected {expected}")
     if not all(type(index) is int and index >= -1 for index in config["gpu"]):
         raise InputError(f"gpu {config['gpu']}: expected numbers of GPUs, or -1 for the CPU")
     if config["min_inliers"] > config["max_inliers"]:
@@ -131,12 +140,12 @@ def load_train_config(path, arguments: list[str]) -> dict:
                          "least that, or 0")
     if config["init"] == "guided" and (config["norm_fn"], config["ac_fn"]) != ("in", "relu"):
         raise InputError(f"init guided is for norm_fn in and ac_fn relu, not {config['norm_fn']} and {config['ac_fn']}")
-    if config["online_views"] < 2 or config["online_views"] % 2:
+    if config["online_views"] % 2:
         raise InputError(f"online_views {config['online_views']}: expected an even number")
     for entry in config["online_sources"]:
         _check_source(entry)
     if config["online_sources"] and not config["online"]:
         raise InputError("online_sources are given, but online is off: set online 1")
-    if config["its_per_epoch"] != -1 and config["its_per_epoch"] < 1:
-        raise InputError(f"its_per_epoch {config['its_per_epoch']}: expected a number of steps, or -1")
+    if config["its_per_epoch"] == 0:
+        raise InputError("its_per_epoch 0: expected a number of steps, or -1")
     return config

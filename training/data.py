@@ -3,11 +3,11 @@
 Every sample is a function of (seed, number of the sample in the run), so a run gives the same samples for any number
 of workers and processes, and goes on after a stop from the number alone.
 """
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -18,8 +18,11 @@ from tools.correspondences import match_by_projection, unmatched_by_projection
 from tools.features import DESCRIPTOR_DIM
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
+from tools.processes import start_worker
 from tools.records import read_record
 
+# not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 MAX_TRIES = 20  # pairs for one sample
 # Fields that training reads of a dump's records, and their shapes; a letter is a length that is the same for all.
 KEYPOINT_FIELDS = {"keypoints": ("N", 2), "scores": ("N",), "descriptors": ("N", "D"), "image_size": (2,),
@@ -362,16 +365,25 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _init_worker(_):
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer saves first, and still needs its batch
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker()
+    # a scheduler's SIGTERM reaches the whole group; the trainer saves first, and still needs its batch
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
 
 
 def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
     """Batches as from `collate`, in order of their steps, made by `workers` processes (0 = in this one)."""
-    # not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_init_worker,
-                      multiprocessing_context="forkserver" if workers else None, pin_memory=pin_memory,
+                      multiprocessing_context=_START if workers else None, pin_memory=pin_memory,
                       collate_fn=collate, prefetch_factor=4 if workers else None)
+
+
+def end_workers(batches) -> None:
+    """End the sample-making processes of an iterator of `make_loader`, whatever they are at.
+
+    They ignore SIGTERM, by which Python ends them at exit: it would wait for them for ever.
+    """
+    if hasattr(batches, "_shutdown_workers"):  # there are processes; torch has no public name for it
+        batches._shutdown_workers()
+        for process in batches._workers:
+            process.kill()

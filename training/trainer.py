@@ -1,4 +1,5 @@
 """The training loop: build, step, validate, save, go on (SPEC 9, 10)."""
+import contextlib
 import re
 import signal
 import sys
@@ -16,7 +17,8 @@ from tools.cli import InputError
 from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
 from tools.files import check_folder, remove_strays, write_json
-from training.data import Samples, StepBatches, collate, make_loader
+from tools.locks import locked
+from training.data import Samples, StepBatches, collate, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
 from training.start import branch_ends, guided_start, warm_start
@@ -96,7 +98,6 @@ class Trainer:
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
-        check_folder(self.folder)
         latest = self.folder / "latest.pth"
         # from save_path itself it goes on if there is anything
         goes_on = config["resume_path"] and (Path(config["resume_path"]) != self.folder or latest.exists())
@@ -131,7 +132,7 @@ class Trainer:
         self.parallel = self.model
         if job.world_size > 1:
             self.parallel = DistributedDataParallel(self.model)
-        self.monitor = None
+        self.monitor = self.batches = None
         self.stop = threading.Event()
 
     def resume(self, path) -> None:
@@ -181,6 +182,7 @@ class Trainer:
         try:
             return self._run()
         finally:
+            end_workers(self.batches)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -330,9 +332,18 @@ def train(config: dict, job: Job) -> tuple[str, list]:
     Returns how it ended, and what could not be read, as (source, reason) pairs.
     """
     try:
-        trainer = Trainer(config, job)
-        how = trainer.run()
+        with contextlib.ExitStack() as stack:
+            folder = Path(config["save_path"])
+            check_folder(folder)
+            if job.is_main:
+                stack.enter_context(locked(folder / ".lock", f"another training writes to {folder}: give another "
+                                           "save_path"))
+            trainer = Trainer(config, job)
+            how = trainer.run()
     except (MemoryError, RuntimeError) as error:
+        if "shared memory" in str(error):
+            raise InputError("shared memory (/dev/shm) is full of samples: start the container with docker run "
+                             "--shm-size 4g or --ipc=host, or lower workers or batch_size") from None
         if not _is_out_of_memory(error):
             raise
         raise InputError(f"out of memory with batch_size {config['batch_size']} over {job.world_size} processes, "
