@@ -45,7 +45,7 @@ from tqdm import tqdm
 from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
 from eval.matchers import MATCHERS, NETWORKS
 from eval.pose import ESTIMATORS
-from tools.cli import MOST_KEYPOINTS, InputError, report_skipped, run, whole_number
+from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import DESCRIPTOR_DIM
 from tools.files import check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
@@ -172,7 +172,7 @@ def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
         with np.load(f"{path}.npz") as content:
             return json.loads(str(content["settings"])) == settings and all(
                 source.stat().st_mtime <= made for source in sources)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:  # torn, or not ours: it is made again
         return False
 
 
@@ -181,7 +181,7 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
     """Match pairs and write their files (`write_pair`); those that are complete are left as they are.
 
     Each image is read once, and kept for as long as pairs of it are to come. Returns counts, and (name, reason) of the
-    images that could not be read.
+    images that could not be read and of the pairs that could not be matched.
     """
     def settings_of(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
@@ -196,17 +196,21 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
             if key not in views and key[0] not in failed:
                 try:
                     views[key] = matcher.load(image_dir / key[0], key[1], key[0])
-                except InputError as error:
-                    failed[key[0]] = str(error)
+                except Exception as error:
+                    failed[key[0]] = reason(error)
         view0, view1 = (views.get(key) for key in image_keys(pair))
         if view0 is not None and view1 is not None:
-            found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
-            write_pair(found, path, settings_of(pair), with_iterations)
-            counts["matched"] += 1
-            counts["posed"] += found.R is not None
-            counts["without K"] += found.K0 is None or found.K1 is None
-            guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
-                        if source == "EXIF"}
+            try:
+                found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
+                write_pair(found, path, settings_of(pair), with_iterations)
+            except Exception as error:
+                failed[f"{pair.image0} {pair.image1}"] = reason(error)
+            else:
+                counts["matched"] += 1
+                counts["posed"] += found.R is not None
+                counts["without K"] += found.K0 is None or found.K1 is None
+                guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
+                            if source == "EXIF"}
         for key in image_keys(pair):
             uses[key] -= 1
             if not uses[key]:
@@ -330,7 +334,7 @@ def main(argv=None) -> int:
         print(f"the focal length of {counts['guessed']} images was guessed from EXIF")
     if counts["without K"]:
         print(f"{counts['without K']} pairs have no pose because a camera is not known: --focal or --K0 gives it")
-    return report_skipped(failed, "images")
+    return report_skipped(failed, "images or pairs")
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def test_a_folder_gives_all_pairs_and_bad_images_are_listed(scene, folder, tmp_p
     assert command(folder, "--focal", 300, *RATIO, "--save_path", folder / "out") == 1
     said, errors = capsys.readouterr()
     assert "3 pairs matched, 3 of them with a pose" in said
-    assert "1 images skipped" in errors and "broken.jpg: not a readable image" in errors
+    assert "1 images or pairs skipped" in errors and "broken.jpg: not a readable image" in errors
     assert names_in(folder / "out") == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz",
                                         "c_sub-b.png"]
     assert sorted(read) == ["a.png", "b.png", "broken.jpg", "c.png"]  # each once
@@ -283,6 +283,20 @@ def test_a_folder_gives_all_pairs_and_bad_images_are_listed(scene, folder, tmp_p
     assert command(*(scene / "images" / name for name in NAMES[:2]), "--focal", 300, *RATIO, "--save_path",
                    tmp_path / "pair") == 0
     same(load(tmp_path / "pair" / "a_sub-b.npz"), load(folder / "out" / "a_sub-b.npz"))
+
+
+def test_a_pair_that_fails_does_not_end_the_others(folder, tmp_path, capsys, monkeypatch):
+    match = ImageMatcher.match
+
+    def fail(self, view0, view1, *rest):
+        if (view0.name, view1.name) == ("a.png", "c.png"):
+            raise ZeroDivisionError("of\na library")
+        return match(self, view0, view1, *rest)
+    monkeypatch.setattr(ImageMatcher, "match", fail)
+    assert command(folder, *RATIO, "--save_path", tmp_path / "out") == 1
+    said, errors = capsys.readouterr()
+    assert "2 pairs matched" in said and "a.png c.png: ZeroDivisionError: of a library" in errors
+    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz", "c_sub-b.png"]
 
 
 def test_what_is_complete_is_left_as_it_is(folder, tmp_path, capsys):

@@ -204,9 +204,12 @@ def test_damaged_and_foreign_files_are_named():
     with open("cut.npz", "wb") as file:
         file.write(data[:len(data) // 2])
     np.savez("other.npz", a=np.zeros(3))
+    with open("number.npz", "wb") as file:
+        pickle.dump(7, file)
     with zipfile.ZipFile("garbled.npz", "w") as archive:
         archive.writestr("image_paths.npy", b"no numpy header")
-    for name, message in (("cut.npz", "cut.npz"), ("other.npz", "lacks image_paths"), ("garbled.npz", "damaged"),
+    for name, message in (("cut.npz", "cut.npz"), ("other.npz", "lacks image_paths"),
+                          ("number.npz", "lacks"), ("garbled.npz", "damaged"),
                           ("missing.npz", "not found")):
         with pytest.raises(InputError, match=message):
             load_scene_info(name)

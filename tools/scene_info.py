@@ -51,7 +51,7 @@ def load_scene_info(path) -> dict:
     """
     info = load_npz(path)
     missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
-                                 "points3D_id_to_2D") if name not in info]
+                                 "points3D_id_to_2D") if not isinstance(info, dict) or name not in info]
     if missing:
         raise InputError(f"{path} is no scene_info file: it lacks {', '.join(missing)}")
     n = len(np.atleast_1d(info["image_paths"]))
