@@ -131,3 +131,13 @@ def test_a_guided_start_is_for_instance_norm_and_relu(tmp_path):
     path.write_text('{"init": "guided"}')
     with pytest.raises(InputError, match="init guided is for norm_fn in and ac_fn relu, not bn and relu"):
         load_train_config(path, ["--norm_fn", "bn"])
+
+
+def test_published_start():
+    matcher = build({**DEFAULTS, "layers": 4, "init": "published"})
+    own = [layer.attn for layer in matcher.gnn.layers if hasattr(layer, "attn")]
+    assert len(own) == 6
+    for attn in own:
+        for proj in attn.proj:
+            assert torch.equal(proj.weight, attn.merge.weight) and torch.equal(proj.bias, attn.merge.bias)
+    assert not torch.equal(own[0].merge.weight, own[1].merge.weight)

@@ -19,7 +19,7 @@ DEFAULTS = {
     "max_keypoints": 1024,
     "min_inliers": 32,
     "max_inliers": 512,
-    "random_inliers": True,  # draw the number of true matches, rather than taking max_inliers
+    "random_inliers": True,  # draw the number of true matches, rather than taking all
     # samples made on the fly
     "online": False,
     # what to mix, instead of base_path and scene_list_fn: a list of {"path", "weight" (1), "scene_list_fn" (all)}

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
-from tools.cli import InputError
+from tools.cli import InputError, reason
 from tools.correspondences import match_by_projection, unmatched_by_projection
 from tools.features import DESCRIPTOR_DIM
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
@@ -98,14 +98,14 @@ def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice, rng:
     """Which keypoints of two views make a sample, and where its true matches are.
 
     matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of them drawn from
-    min_inliers .. max_inliers (max_inliers itself without random_inliers; at most M, at least what the unmatched
+    min_inliers .. max_inliers (all without random_inliers; at most M, at least what the unmatched
     keypoints leave to fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,),
     chosen1 (N1,), of max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's
     match, or -1.
     """
     candidates = (np.arange(n0), np.arange(n1)) if unmatched is None else map(np.flatnonzero, unmatched)
     free0, free1 = (np.setdiff1d(rows, own, assume_unique=True) for rows, own in zip(candidates, matches.T))
-    wanted = choice.max_inliers
+    wanted = len(matches)
     if choice.random_inliers:
         wanted = int(rng.integers(choice.min_inliers, choice.max_inliers, endpoint=True))
     needed = choice.max_keypoints - min(len(free0), len(free1))
@@ -303,15 +303,15 @@ class Samples(Dataset):
             source = self.sources[which.choice(len(self.sources), p=self.shares)]
             try:
                 pair = source.pair(k, attempt)
-            except InputError as error:
-                reason = str(error)
-                skipped.append((source.name, reason))
+            except Exception as error:
+                why = reason(error)
+                skipped.append((source.name, why))
                 continue
-            reason = self.choice.refuses(pair)
-            if not reason:
+            why = self.choice.refuses(pair)
+            if not why:
                 sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
                 return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
-        return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {reason}"}
+        return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {why}"}
 
     def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
         *chosen, target = choose_keypoints(pair.matches, *(len(view["scores"]) for view in pair.views), self.choice,

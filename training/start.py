@@ -33,6 +33,15 @@ def branch_ends(matcher) -> list:
 
 
 @torch.no_grad()
+def published_start(matcher) -> None:
+    """Queries, keys and values start as copies of the output projection, as published, in place."""
+    for layer in matcher.gnn.layers:
+        if hasattr(layer, "attn"):
+            for proj in layer.attn.proj:
+                proj.load_state_dict(layer.attn.merge.state_dict())
+
+
+@torch.no_grad()
 def warm_start(matcher) -> None:
     """Make an untrained matcher a nearest-neighbour matcher (SPEC 10), in place."""
     dim = matcher.final_proj[0].weight.shape[0]

@@ -21,7 +21,7 @@ from tools.locks import locked
 from training.data import Samples, StepBatches, collate, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
-from training.start import branch_ends, guided_start, warm_start
+from training.start import branch_ends, guided_start, published_start, warm_start
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
@@ -68,6 +68,8 @@ def build(config: dict, samples: Samples | None = None):
                             match_threshold=config["match_threshold"], n_min_tokens=config["n_min_tokens"])
     if config["weight_path"]:
         load_weights(matcher, load_checkpoint(config["weight_path"])["model"], config["weight_path"])
+    elif config["init"] == "published":
+        published_start(matcher)
     elif config["init"] == "warm":
         warm_start(matcher)
     elif config["init"] == "guided":
