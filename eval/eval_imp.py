@@ -140,8 +140,8 @@ def _build_list_set(args) -> ListPairSet:
     settings = {"max_keypoints": args.max_keypoints}
     if args.feature_type == "sift":
         settings |= {"contrast_threshold": args.contrast_threshold, "unique_locations": args.unique_locations}
-    return ListPairSet(pairs, args.image_dir, build_extractor(args.feature_type, **settings), args.resize,
-                       args.depth_dir, camera)
+    extractor = build_extractor(args.feature_type, device=args.device, **settings)
+    return ListPairSet(pairs, args.image_dir, extractor, args.resize, args.depth_dir, camera)
 
 
 def build_methods(args) -> dict[str, Method]:

@@ -248,7 +248,7 @@ class ImageMatcher:
         if feature_type == "sift":
             extractor |= {"contrast_threshold": 1e-5, "unique_locations": True}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
-        self.extractor = build_extractor(feature_type, **extractor)
+        self.extractor = build_extractor(feature_type, device=device, **extractor)
         self.resize, self.estimator, self.threshold = resize, estimator, threshold
         self.one_shot, self.seed, self.device = one_shot, seed, device
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,

@@ -59,6 +59,9 @@ def run(main, argv=None) -> int:
     Status 0: done. 1: done, but some items were skipped (the command listed them). 2: nothing could be done.
     130: stopped by Ctrl-C. `--debug` among the arguments shows an error's traceback; `~` is the home folder.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that no encoding knows
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in argv
     try:
@@ -116,5 +119,5 @@ def report_skipped(skipped: list, what: str) -> int:
         return 0
     print(f"{len(skipped)} {what} skipped:", file=sys.stderr)
     for name, reason in skipped:
-        print(f"  {name}: {reason}", file=sys.stderr)
+        print("  " + " ".join(f"{name}: {reason}".split()), file=sys.stderr)
     return 1

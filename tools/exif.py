@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tools.files import check_file
+
 EXIF_IFD = 0x8769
 ORIENTATION = 0x0112
 PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION = 0xA002, 0xA003
@@ -34,14 +36,15 @@ def read_exif(path) -> Exif:
     smaller noted its new size only. It is None for an image that was cropped since, if the tags show it.
     """
     try:
+        check_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 tags, size = image.getexif(), image.size
                 details = tags.get_ifd(EXIF_IFD)
+                return Exif(TURNS.get(tags.get(ORIENTATION), 0), _focal(details, size))
     except Exception:  # whatever a damaged file makes of Pillow's readers
         return Exif()
-    return Exif(TURNS.get(tags.get(ORIENTATION), 0), _focal(details, size))
 
 
 def _focal(details: dict, size: tuple[int, int]) -> float | None:

@@ -1,11 +1,10 @@
-"""Pair lists with ground truth, in SuperGlue's text format (SPEC 2): one pair a line."""
+"""Pair lists with ground truth, in SuperGlue's text format: one pair a line."""
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tools.cli import InputError
-from tools.files import atomic_path
+from tools.files import atomic_path, read_text
 
 EXPECTED = ("expected `image0 image1`, then nothing, or `rot0 rot1` (2 values), or these and `K0 K1` (20 values), "
             "or these and `T_0to1` (36 values)")
@@ -33,10 +32,7 @@ def read_pair_list(path) -> list[Pair]:
 
     InputError if it cannot be read, holds no pair, or has a malformed line, which it names.
     """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+    lines = read_text(path).splitlines()
     pairs = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
