@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tools.cli import InputError
+from tools.cli import InputError, describe_error
 
 
 @dataclass
@@ -116,8 +116,8 @@ def _spawned(rank: int, worker, devices, arguments, results):
         torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
     try:
         result = _join(worker, rank, len(devices), devices[rank], arguments)
-    except InputError as error:
-        results.put((None, str(error)))
+    except (InputError, OSError) as error:
+        results.put((None, describe_error(error)))
         sys.exit(2)
     if rank == 0:
         results.put((result, None))
