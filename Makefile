@@ -16,7 +16,7 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 
 .venv/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "error: this Python lacks venv; install it: apt-get install python3-venv"; exit 1; }
 	$(PY) -m pip install -q -r requirements.txt
 	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }

@@ -99,7 +99,7 @@ DEFAULTS = {
 }
 EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
     "sift": {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False},
-    "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4},
+    "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
 PART_FIELDS = ("size", "kpt", "desc", "depth_problem")  # and "depth" if there is one

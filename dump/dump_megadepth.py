@@ -65,7 +65,7 @@ from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
 FEATURE_SETTINGS = {  # SPEC 3, "Dump"
     "sift": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False},
-    "spp": {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3},
+    "spp": {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True},
 }
 MIN_WITH_DEPTH = 20  # more than that, in each image
 MIN_MATCHES = 20  # more than that
@@ -500,6 +500,8 @@ def main(argv=None) -> int:
     parser.add_argument("--contrast_threshold", type=float, default=argparse.SUPPRESS, help="of sift (0.04)")
     parser.add_argument("--unique_locations", action="store_true", default=argparse.SUPPRESS,
                         help="sift: one keypoint per place")
+    parser.add_argument("--no_align_corners", dest="align_corners", action="store_false",
+                        default=argparse.SUPPRESS, help="spp: sample descriptors as published, under torch 1.10-1.13")
     parser.add_argument("--descriptor_dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
     parser.add_argument("--device", default="auto", help="for spp: auto, cpu, cuda or cuda:N")
@@ -519,7 +521,7 @@ def main(argv=None) -> int:
 
     stop_on_sigterm()
     extractor_settings = {name: value for name, value in vars(args).items()
-                          if name in ("max_keypoints", "contrast_threshold", "unique_locations")}
+                          if name in ("max_keypoints", "contrast_threshold", "unique_locations", "align_corners")}
     recipe = recipe_of(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device,
                        **extractor_settings)
     started, shard = time.perf_counter(), parse_shard(args.shard)

@@ -217,7 +217,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
             names = {"gm": "GM", "eimp": "EIMP", "adagmn": "EIMP"}
             matching_method = names.get(trained) or names.get(described.get("network"), "IMP")
         return matching_method, feature_type, str(weights)
-    features = ["spp", "sift"] if (checkpoint.WEIGHTS / checkpoint.SUPERPOINT).is_file() else ["sift"]
+    features = ["spp", "sift"] if checkpoint.find_weights(checkpoint.SUPERPOINT).is_file() else ["sift"]
     features = features if feature_type is None else [feature_type]
     methods = ["IMP", "EIMP"] if matching_method is None else [matching_method]
     reasons = []

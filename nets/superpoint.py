@@ -22,11 +22,15 @@ def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
     return torch.where(is_maximum, scores, zeros)
 
 
-def sample_descriptors(coarse: Tensor, keypoints: Tensor) -> Tensor:
-    """Bilinear samples of a descriptor map (D, H/8, W/8) at keypoints (N, 2) in pixels: (N, D), unit length."""
+def sample_descriptors(coarse: Tensor, keypoints: Tensor, align_corners: bool = True) -> Tensor:
+    """Bilinear samples of a descriptor map (D, H/8, W/8) at keypoints (N, 2) in pixels: (N, D), unit length.
+
+    align_corners: as SuperPoint is defined. Without, as some versions of torch made it of the published code, samples
+    are off by 0 pixels at the centre of the image, up to 4 at its border.
+    """
     size = torch.tensor([coarse.shape[2], coarse.shape[1]], dtype=keypoints.dtype, device=keypoints.device)
     grid = (keypoints - CELL / 2 + 0.5) / (size * CELL - CELL / 2 - 0.5) * 2 - 1
-    sampled = F.grid_sample(coarse[None], grid[None, None], mode="bilinear", align_corners=True)
+    sampled = F.grid_sample(coarse[None], grid[None, None], mode="bilinear", align_corners=align_corners)
     return F.normalize(sampled[0, :, 0].T, dim=1)
 
 
@@ -34,14 +38,17 @@ class SuperPoint(nn.Module):
     """Grayscale images (B, 1, H, W) in [0, 1] -> lists over the batch of keypoints, scores and descriptors.
 
     max_keypoints: the strongest so many, by falling score; -1 keeps all, in raster order.
+    align_corners: see `sample_descriptors`.
     """
 
-    def __init__(self, nms_radius=4, keypoint_threshold=0.0025, max_keypoints=-1, remove_borders=4):
+    def __init__(self, nms_radius=4, keypoint_threshold=0.0025, max_keypoints=-1, remove_borders=4,
+                 align_corners=True):
         super().__init__()
         self.nms_radius = nms_radius
         self.keypoint_threshold = keypoint_threshold
         self.max_keypoints = max_keypoints
         self.remove_borders = remove_borders
+        self.align_corners = align_corners
         channels = {"1a": (1, 64), "1b": (64, 64), "2a": (64, 64), "2b": (64, 64), "3a": (64, 128), "3b": (128, 128),
                     "4a": (128, 128), "4b": (128, 128), "Pa": (128, 256), "Da": (128, 256)}
         for name, (c_in, c_out) in channels.items():
@@ -85,5 +92,5 @@ class SuperPoint(nn.Module):
             keypoints = torch.stack([x, y], dim=1).to(image.dtype)
             out["keypoints"].append(keypoints)
             out["scores"].append(found)
-            out["descriptors"].append(sample_descriptors(coarse, keypoints))
+            out["descriptors"].append(sample_descriptors(coarse, keypoints, self.align_corners))
         return out

@@ -252,7 +252,8 @@ def test_network_gets_the_device(raw, output, monkeypatch):
 
     monkeypatch.setattr(workers, "build_extractor", Network)
     assert dump(raw, output, "--device", "cpu", feature_type="spp", extractor={"nms_radius": 3}) == 0
-    assert built == [("spp", {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 3, "device": "cpu"})]
+    assert built == [("spp", {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 3,
+                              "align_corners": True, "device": "cpu"})]
     with h5py.File(output) as file:
         assert file["desc1"]["0"].shape == (50, 256)
         assert json.loads(file.attrs["settings"])["weights"] == "0123"
@@ -270,9 +271,11 @@ def test_image_without_keypoints(spoilt, output):
 
 @pytest.mark.parametrize("name, resize, extractor", [
     ("yfcc_eval_sift", [], {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False}),
-    ("yfcc_eval_spp", [1600], {"max_keypoints": 2000, "nms_radius": 4, "keypoint_threshold": 0.0025}),
+    ("yfcc_eval_spp", [1600], {"max_keypoints": 2000, "nms_radius": 4, "keypoint_threshold": 0.0025,
+                                "align_corners": True}),
     ("scannet_eval_sift", [640, 480], {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False}),
-    ("scannet_eval_spp", [640, 480], {"max_keypoints": 1000, "nms_radius": 4, "keypoint_threshold": 0.0025}),
+    ("scannet_eval_spp", [640, 480], {"max_keypoints": 1000, "nms_radius": 4, "keypoint_threshold": 0.0025,
+                                       "align_corners": True}),
 ])
 def test_configs_are_the_protocol(name, resize, extractor):
     """SPEC 3, evaluation settings."""
@@ -350,7 +353,7 @@ def test_the_originals_yaml_for_spp(tmp_path, capsys):
     path.write_text(text + "pair_list: pairs.txt\n")
     config = load_config(path, [])
     assert (config["dataset"], config["feature_type"], config["resize"]) == ("scannet", "spp", [640, 480])
-    assert config["extractor"] == {"max_keypoints": 300, "keypoint_threshold": 0.0025, "nms_radius": 4}
+    assert config["extractor"] == {"max_keypoints": 300, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True}
     assert config["workers"] == 2 and config["pair_list"] == "pairs.txt"
     assert "det_th has no effect" in capsys.readouterr().err
 

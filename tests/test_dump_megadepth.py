@@ -200,7 +200,8 @@ def test_network(pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "build_extractor", Network)
     recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
     assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
-    assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"})]
+    assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True,
+                              "device": "cpu"})]
     record = read_record(tmp_path / "keypoints" / "0000" / "2.jpg_spp.npy")
     assert record["image_path"].endswith("/2.jpg") and record["descriptors"].shape[1] == 256
     assert load_dump(tmp_path)["settings"]["weights"] == "0123"

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tools.cli import InputError
-from tools.features import Sift, build_extractor
+from tools.features import Extractor, Features, Sift, build_extractor
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +65,38 @@ def test_image_without_texture():
 def test_unknown_feature_type():
     with pytest.raises(InputError, match="unknown feature type 'orb'"):
         build_extractor("orb")
+
+
+class Centroid(Extractor):
+    """One keypoint: the centre of what is bright."""
+
+    def _extract(self, images):
+        y, x = np.indices(images[0].shape).reshape(2, -1)
+        weights = images[0].ravel() - 60.0
+        keypoints = np.float32([[weights @ x, weights @ y]]) / weights.sum()
+        return [Features(keypoints, np.ones(1, np.float32), np.ones((1, 1), np.float32), images[0].shape[::-1])]
+
+
+@pytest.mark.parametrize("size", [(480, 640), (479, 637), (40, 15_000)])
+def test_large_image_is_downscaled(monkeypatch, size):
+    """It keeps its size, and its keypoints their places."""
+    image = np.full(size, 60, np.uint8)
+    place = (100, size[0] // 2)
+    cv2.circle(image, place, 12, 220, -1)
+    extractor, seen = Centroid(), []
+    extractor.max_pixels = 40_000
+    extract = extractor._extract
+    monkeypatch.setattr(extractor, "_extract", lambda images: seen.extend(images) or extract(images))
+    features = extractor(image)
+    assert 20_000 < seen[0].size <= 40_000 and features.image_size == size[::-1]
+    assert features.keypoints.dtype == np.float32
+    np.testing.assert_allclose(features.keypoints[0], place, atol=0.25)
+
+
+def test_large_image_of_sift(monkeypatch):
+    image = np.full((480, 640), 60, np.uint8)
+    cv2.circle(image, (400, 300), 12, 220, -1)
+    monkeypatch.setattr(Sift, "max_pixels", 200_000)
+    features = build_extractor("sift", device="cpu")(image)
+    # OpenCV's keypoints are off by a quarter of a pixel, here of 1.24 times the size
+    assert np.abs(features.keypoints - [400, 300]).max(axis=1).min() < 0.5 and features.image_size == (640, 480)

@@ -40,7 +40,7 @@ def raising(error):
      "error: cannot write out/a.npy: No space left on device\n"),
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "error: x: No such file or directory\n"),
     (MemoryError(), "error: not enough memory\n"),
-    (ValueError("bad"), "error: ValueError: bad (unexpected; --debug shows where)\n"),
+    (ValueError("bad"), "ValueError: bad (unexpected; --debug shows where)\n"),
 ])
 def test_a_command_ends_in_one_line(error, said, capsys):
     assert run(raising(error), []) == 2

@@ -7,6 +7,7 @@ from golden.fill import fill_
 from scipy.ndimage import maximum_filter
 
 from nets import SuperPoint, build_matcher
+from nets.superpoint import sample_descriptors
 from tools import checkpoint
 from tools.cli import InputError
 from tools.features import Features, Spp, build_extractor
@@ -99,6 +100,28 @@ def test_by_the_book(height, width, radius, threshold):
     for xy, score, descriptor in zip(keypoints, out["scores"][0], out["descriptors"][0]):
         assert score == pytest.approx(expected[xy][0], abs=1e-6)
         np.testing.assert_allclose(descriptor, expected[xy][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", [(10, 14), (5, 30)])
+def test_align_corners(height, width):
+    """Without, descriptors are sampled elsewhere: by nothing at the centre, 4 px at the border, linearly between."""
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    coarse = torch.stack([8 * x, 8 * y, torch.ones_like(x)])
+    part = torch.linspace(0.1, 0.9, 9)[:, None]
+    keypoints = part * (torch.tensor([width, height]) * 8 - 4.5) + 3.5
+    aligned, other = ((found / found[:, 2:])[:, :2] for found in (
+        sample_descriptors(coarse, keypoints, align_corners) for align_corners in (True, False)))
+    torch.testing.assert_close(other - aligned, (8 * (part - 0.5)).expand(-1, 2), rtol=0, atol=1e-3)
+
+
+def test_align_corners_of_the_extractor(weights):
+    image = random_image(64, 88)
+    by_default, aligned, other = (
+        build_extractor("spp", weights=weights, device="cpu", keypoint_threshold=0.016, **more)(image)
+        for more in ({}, {"align_corners": True}, {"align_corners": False}))
+    same(by_default, aligned)
+    np.testing.assert_array_equal(other.keypoints, aligned.keypoints)
+    assert np.abs(other.descriptors - aligned.descriptors).max() > 1e-3
 
 
 def test_border(weights):

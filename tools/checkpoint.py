@@ -3,6 +3,7 @@
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
 and what else is needed to go on.
 """
+import os
 import pickle
 import re
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from imp_matching import shipped
 from nets import SuperPoint, build_matcher
 from tools.cli import InputError
 from tools.features import DESCRIPTOR_DIM
 from tools.files import atomic_path
 from tools.safe_pickle import STAND_INS
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
+WEIGHTS = shipped("weights")
 SUPERPOINT = "superpoint_v1.pth"
 DEMO = Path("runs/demo/imp/latest.pth")  # what `make demo` trains
 # what `config` tells of a network, as weights do not show it, and which values can be
@@ -158,12 +160,19 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     return matcher.float().eval().to(device)
 
 
+def find_weights(name: str) -> Path:
+    """Where a file of weights lies: below $IMP_WEIGHTS, below ./weights if we are installed, or with what ships."""
+    folders = [os.environ["IMP_WEIGHTS"]] if os.environ.get("IMP_WEIGHTS") else []
+    folders += ["weights"] if WEIGHTS.parent.name == "tools" else []  # in site-packages, where nobody puts a file
+    return next((Path(folder, name) for folder in folders if Path(folder, name).is_file()), WEIGHTS / name)
+
+
 def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
     """SuperPoint in evaluation mode on `device`, with the weights at `path` (None: weights/superpoint_v1.pth).
 
     Options as those of `nets.SuperPoint`. InputError says what to put where if there are no weights.
     """
-    path = WEIGHTS / SUPERPOINT if path is None else Path(path)
+    path = find_weights(SUPERPOINT) if path is None else Path(path)
     if not path.is_file():
         raise InputError(f"no SuperPoint weights at {path}: put {SUPERPOINT}, which its authors publish, at "
                          f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
@@ -185,7 +194,7 @@ def default_weights(method: str, feature_type: str, dataset: str | None = None) 
             raise InputError(f"there are two files of weights for {method} with spp: name weights/{name}_yfcc.pth "
                              f"(outdoor) or weights/{name}_scannet.pth (indoor) with --weights")
         name += f"_{dataset}"
-    published, own = WEIGHTS / f"{name}.pth", WEIGHTS / f"{name}_open.pth"
+    published, own = find_weights(f"{name}.pth"), find_weights(f"{name}_open.pth")
     if published.is_file():
         return published
     if own.is_file():

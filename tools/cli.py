@@ -73,8 +73,8 @@ def run(main, argv=None) -> int:
         if debug:
             traceback.print_exc()
         known = isinstance(error, InputError | OSError | MemoryError)
-        print(f"error: {describe_error(error)}" + ("" if known else " (unexpected; --debug shows where)"),
-              file=sys.stderr)
+        said = describe_error(error)
+        print(f"error: {said}" if known else f"{said} (unexpected; --debug shows where)", file=sys.stderr)
         return 2
 
 

@@ -8,17 +8,24 @@ from pathlib import Path
 
 import yaml
 
+from imp_matching import shipped
 from tools.cli import InputError
-from tools.files import read_json
+from tools.files import read_json, read_text
 
 _KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
          dict: "a mapping"}
 
 
+def find_config(path) -> Path:
+    """A configuration as named, or the one of that name that ships."""
+    own = shipped("configs") / Path(path).name
+    return own if not Path(path).exists() and own.is_file() else Path(path)
+
+
 def read_yaml(path) -> dict:
     """Read a YAML file that holds a mapping."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(read_text(find_config(path)))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -99,7 +106,7 @@ def load_config(path, defaults: dict, arguments: list[str], unused=()) -> dict:
 
     unused: keys that the file may have and nobody needs, which are named and left out.
     """
-    content = read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(path)
+    content = read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(find_config(path))
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold keys and values")
     left_out = [key for key in content if key in unused]

@@ -1,12 +1,14 @@
 """Local features (SPEC 3): image -> Features."""
 import functools
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from tools.cli import InputError
+from tools.geometry import resize_keypoints
 
 DESCRIPTOR_DIM = {"sift": 128, "spp": 256}
 # Pixels of a batch on a GPU: 13 images of 640x480, 2 of 1600x1200. A pixel takes 256 bytes in each of the network's
@@ -24,23 +26,53 @@ class Features:
     image_size: tuple[int, int]  # (w, h)
 
 
-class Sift:
-    """OpenCV SIFT, the `max_keypoints` strongest, as RootSIFT.
+class Extractor:
+    """An image (H, W) uint8 -> Features; one class per feature type, which implements `_extract`.
 
-    unique_locations: one keypoint per place (the first of its dominant orientations), see SPEC 3.
+    max_pixels: a larger image is downscaled to it first; its keypoints are those of the image given all the same.
+    batch_pixels: how many to give to `extract_batch` at a time; 0, one image, where batches gain nothing.
     """
 
-    batch_pixels = 0  # as of Spp
+    max_pixels = 0
+    batch_pixels = 0
 
-    def __init__(self, max_keypoints=4096, contrast_threshold=0.04, unique_locations=False):
+    def __call__(self, image: np.ndarray) -> Features:
+        return self.extract_batch([image])[0]
+
+    def extract_batch(self, images: list[np.ndarray]) -> list[Features]:
+        """Images (H, W) uint8, all of one size -> Features of each."""
+        if not images:
+            return []
+        height, width = images[0].shape
+        scale = math.sqrt(self.max_pixels / max(1, height * width))
+        if scale >= 1:
+            return self._extract(images)
+        w, h = max(1, int(scale * width)), max(1, int(scale * height))
+        found = self._extract([cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA) for image in images])
+        return [replace(features, image_size=(width, height), keypoints=resize_keypoints(
+            features.keypoints, width / w, height / h).astype(np.float32)) for features in found]
+
+
+class Sift(Extractor):
+    """OpenCV SIFT, the `max_keypoints` strongest, as RootSIFT (D = 128).
+
+    unique_locations: one keypoint per place (the first of its dominant orientations), see SPEC 3. device: ignored, so
+    that every feature type takes one.
+    """
+
+    max_pixels = 16_000_000  # of 260 bytes each
+
+    def __init__(self, max_keypoints=4096, contrast_threshold=0.04, unique_locations=False, device=None):
         self.max_keypoints = max_keypoints
         self.unique_locations = unique_locations
         # about one keypoint in eight shares its place: twice as many leave max_keypoints after the repeats are gone
         self.detector = cv2.SIFT_create(nfeatures=max_keypoints * (2 if unique_locations else 1),
                                         contrastThreshold=contrast_threshold)
 
-    def __call__(self, image: np.ndarray) -> Features:
-        """image (H, W) uint8 -> Features with D = 128."""
+    def _extract(self, images):
+        return [self._features(image) for image in images]
+
+    def _features(self, image):
         found, sift = self.detector.detectAndCompute(image, None)
         image_size = (image.shape[1], image.shape[0])
         if not found:
@@ -58,22 +90,28 @@ class Sift:
         return Features(keypoints[order], scores[order], root, image_size)
 
 
-class Spp:
-    """SuperPoint, the `max_keypoints` strongest.
+class Spp(Extractor):
+    """SuperPoint, the `max_keypoints` strongest (D = 256).
 
     weights: its file; None is weights/superpoint_v1.pth, and InputError says so if it is missing. device: auto (a GPU
-    if there is one), cpu, cuda or cuda:N. The attribute batch_pixels says how many to give to extract_batch at a time;
-    0, one image, on the CPU, where batches gain nothing.
+    if there is one), cpu, cuda or cuda:N. align_corners: see `nets.superpoint.sample_descriptors`.
+
+    The same batch gives the same bits again. Another device, batch or number of threads may round otherwise, which
+    also decides about keypoints at the threshold.
     """
 
-    def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, device="auto", weights=None):
+    max_pixels = 6_000_000  # of 770 bytes each
+
+    def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, align_corners=True, device="auto",
+                 weights=None):
         # here, not above: workers that extract sift need no torch, and tools.checkpoint needs this module
         from tools.checkpoint import load_superpoint
         from tools.distributed import choose_device
 
         self.device = choose_device(device)
         self.network = load_superpoint(weights, self.device, max_keypoints=max_keypoints,
-                                       keypoint_threshold=keypoint_threshold, nms_radius=nms_radius)
+                                       keypoint_threshold=keypoint_threshold, nms_radius=nms_radius,
+                                       align_corners=align_corners)
         self.batch_pixels = BATCH_PIXELS if self.device.type == "cuda" else 0
 
     @functools.cached_property
@@ -84,20 +122,9 @@ class Spp:
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def __call__(self, image: np.ndarray) -> Features:
-        """image (H, W) uint8 -> Features with D = 256."""
-        return self.extract_batch([image])[0]
-
-    def extract_batch(self, images: list[np.ndarray]) -> list[Features]:
-        """Images (H, W) uint8, all of one size -> Features of each, with D = 256.
-
-        The same batch gives the same bits again. Another device, batch or number of threads may round otherwise, which
-        also decides about keypoints at the threshold.
-        """
+    def _extract(self, images):
         import torch
 
-        if not images:
-            return []
         batch = torch.from_numpy(np.stack(images)).to(self.device).unsqueeze(1).float() / 255
         # TF32 convolutions, torch's default on a GPU, would find other keypoints there than on the CPU
         with torch.inference_mode(), torch.backends.cudnn.flags(
@@ -109,10 +136,9 @@ class Spp:
         return [Features(*of_image, image_size) for of_image in arrays]
 
 
-def build_extractor(feature_type: str, **settings):
-    """Name of SPEC 1 -> a callable image (H, W) uint8 -> Features."""
-    if feature_type == "sift":
-        return Sift(**settings)
-    if feature_type == "spp":
-        return Spp(**settings)
-    raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")
+def build_extractor(feature_type: str, **settings) -> Extractor:
+    """Name of SPEC 1 -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
+    types = {"sift": Sift, "spp": Spp}
+    if feature_type not in types:
+        raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")
+    return types[feature_type](**settings)

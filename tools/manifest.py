@@ -16,6 +16,7 @@ from tools.locks import locked
 
 FORMAT = "imp-dump"
 VERSION = 1
+IMPLIED = {"align_corners": True}
 
 
 def manifest_path(path) -> Path:
@@ -50,11 +51,12 @@ def _flat(content: dict) -> dict:
 def check_settings(made: dict, wanted: dict, where) -> None:
     """Raise InputError that names the first setting in which `made`, found at `where`, differs from `wanted`.
 
-    Both are dicts whose entry "settings", if there is one, is a dict of more of the same.
+    Both are dicts whose entry "settings", if there is one, is a dict of more of the same. A setting that `made` is too
+    old to have is as IMPLIED.
     """
     made, wanted = _flat(made), _flat(wanted)
     for name in {**wanted, **made}:
-        if made.get(name) != wanted.get(name):
+        if made.get(name, IMPLIED.get(name)) != wanted.get(name):
             raise InputError(f"{where} was made with {name} {made.get(name)}, now it is {wanted.get(name)}: "
                              "give the same settings, or write elsewhere")
 

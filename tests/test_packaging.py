@@ -1,0 +1,34 @@
+"""Names of packages, and where files that ship are found."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import imp_matching
+from tools import checkpoint
+from tools.config import find_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("first, ok", [("import eval.metrics", True), ("import tools; import eval.metrics", False)])
+def test_a_folder_of_the_name_of_our_package_is_no_hindrance(first, ok, tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text("")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); {first}; import tools.cli"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok
+    assert ok or "is imported as tools, a name that imp-matching's package" in done.stderr
+
+
+def test_files_that_ship_are_found(tmp_path, monkeypatch):
+    assert (imp_matching.shipped("weights") / "imp_sift_open.pth").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/config_train_demo.json").is_file()
+    (tmp_path / "config_train_demo.json").write_text("{}")
+    assert find_config("config_train_demo.json") == Path("config_train_demo.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "imp_sift.pth").write_bytes(b"")
+    monkeypatch.setenv("IMP_WEIGHTS", str(tmp_path / "mine"))
+    assert checkpoint.default_weights("IMP", "sift") == tmp_path / "mine" / "imp_sift.pth"
