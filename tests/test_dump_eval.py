@@ -353,7 +353,8 @@ def test_the_originals_yaml_for_spp(tmp_path, capsys):
     path.write_text(text + "pair_list: pairs.txt\n")
     config = load_config(path, [])
     assert (config["dataset"], config["feature_type"], config["resize"]) == ("scannet", "spp", [640, 480])
-    assert config["extractor"] == {"max_keypoints": 300, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True}
+    assert config["extractor"] == {"max_keypoints": 300, "keypoint_threshold": 0.0025, "nms_radius": 4,
+                                   "align_corners": True}
     assert config["workers"] == 2 and config["pair_list"] == "pairs.txt"
     assert "det_th has no effect" in capsys.readouterr().err
 
