@@ -18,7 +18,7 @@ from eval.metrics import pose_auc
 from eval.pair_sets import EvalPair
 from eval.pose import timed_estimate_pose
 from eval.results import PairResult, score_pair, true_correspondences
-from tools.cli import InputError
+from tools.cli import InputError, reason
 from tools.processes import WorkerPool
 
 
@@ -117,18 +117,25 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             start = time.perf_counter()
             try:
                 yield int(position), pair_set[int(position)], time.perf_counter() - start
-            except InputError as error:
-                skipped.append((pair_set.name(int(position)), str(error)))
+            except Exception as error:
+                skipped.append((pair_set.name(int(position)), reason(error)))
 
     def match(item):
         position, pair, seconds = item
         if pair is None:
             return position, None
+        try:
+            return position, score(pair, seconds)
+        except Exception as error:
+            skipped.append((pair_set.name(position), reason(error)))
+            return position, []
+
+    def score(pair, seconds):
         true0 = true_correspondences(pair)
         outcomes = run_pair(pair, methods, settings, device, pool, network)
-        return position, [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold,
-                           "seed": setting.seed, "result": score_pair(pair, outcome, true0, seconds).to_json()}
-                          for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
+        return [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold, "seed": setting.seed,
+                 "result": score_pair(pair, outcome, true0, seconds).to_json()}
+                for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
 
     n_before = sum(int(position) in finished for position in positions)
     if n_before:
@@ -140,7 +147,7 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             for position, rows in _in_order(match, read(), workers):
                 if rows is None:
                     rows = finished[position]
-                elif journal is not None:
+                elif journal is not None and rows:
                     journal.add(position, rows)
                 add(rows)
                 *_, (name, of_last) = results[settings[0]].items()

@@ -728,3 +728,19 @@ def test_iterations_are_told_for_easy_and_hard_pairs():
     assert numbers["iterations_of_halves"] == [17 / 3, 8.5]  # the middle one of five is with the easier ones
     assert format_iterations(numbers).endswith(
         "mean iterations: 5.7 for the half of the pairs with more true correspondences, 8.5 for the other")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pair_on_which_a_matcher_fails_is_skipped_and_the_others_are_kept(scene, workers):
+    calls = []
+
+    def fails_once(data):
+        calls.append(data)
+        if len(calls) == 2:
+            raise ValueError("odd\npair")
+        return MATCHERS["NN"](MatcherSettings())(data)
+
+    pairs = [make_pair(0, 1), make_pair(0, 1), make_pair(0, 1)]
+    results, skipped = evaluate(list_set(scene, pairs), {"mine": Method(fails_once)}, [MAGSAC], workers=workers)
+    assert len(results[MAGSAC]["mine"]) == 2
+    assert [reason for _, reason in skipped] == ["ValueError: odd pair"]

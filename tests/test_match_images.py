@@ -499,7 +499,7 @@ def test_without_weights_the_command_says_so(scene, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("words, said", [
     (["a.png"], "one image, a.png, makes no pair"),
     (["a.png", "none.png"], "image not found: "),
-    (["none.txt"], "cannot read none.txt"),
+    (["none.txt"], "file not found: none.txt"),
     (["empty"], "empty holds 0 images"),
     (["a.png", "empty"], "empty is a folder"),
     (["a.png", "b.png", "--image_dir", "empty"], "--image_dir goes with a list"),
