@@ -9,11 +9,11 @@
 as Python's json writes it. A line is written when its pair is finished. One that is not whole, and what comes after it,
 is what an interruption left: it is cut off, and those pairs are done again.
 """
-import fcntl
 import json
 from pathlib import Path
 
 from tools.cli import InputError
+from tools.locks import try_lock
 from tools.manifest import check_settings
 
 FORMAT = "imp-eval-journal"
@@ -37,14 +37,10 @@ class Journal:
             self.file = open(self.path, "a+b")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self.file):
             self.file.close()
             raise InputError(f"another evaluation is writing to {self.path.parent}: wait for it, or name another "
-                             "--save_path") from None
-        except OSError:  # a file system without locks
-            pass
+                             "--save_path")
         try:
             self._read(header)
         except InputError:
