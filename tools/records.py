@@ -39,7 +39,7 @@ def read_record(path, mmap: bool = False) -> dict:
         packed = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except OSError as error:
         raise InputError(f"cannot read record {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # whatever a damaged header makes of NumPy's reader
         raise InputError(f"{Path(path)} is not a whole record: {error}; delete it and run the dump again") from None
     if packed.dtype.names is None or packed.shape != ():
         raise InputError(f"{path} is not a record: it holds no named fields")
