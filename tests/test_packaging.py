@@ -26,6 +26,7 @@ def test_files_that_ship_are_found(tmp_path, monkeypatch):
     assert (imp_matching.shipped("weights") / "imp_sift_open.pth").is_file()
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/config_train_demo.json").is_file()
+    assert find_config("/nowhere/config_train_demo.json") == Path("/nowhere/config_train_demo.json")
     (tmp_path / "config_train_demo.json").write_text("{}")
     assert find_config("config_train_demo.json") == Path("config_train_demo.json")
     (tmp_path / "mine").mkdir()

@@ -17,9 +17,10 @@ _KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 
 
 def find_config(path) -> Path:
-    """A configuration as named, or the one of that name that ships."""
-    own = shipped("configs") / Path(path).name
-    return own if not Path(path).exists() and own.is_file() else Path(path)
+    """A configuration as named; where NAME or configs/NAME is not there, the one of that name that ships."""
+    path = Path(path)
+    own = shipped("configs") / path.name
+    return own if path.parent in (Path(), Path("configs")) and not path.exists() and own.is_file() else path
 
 
 def read_yaml(path) -> dict:
