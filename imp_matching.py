@@ -35,26 +35,26 @@ def _claim_names():
     sys.meta_path.insert(0, _OwnPackages)
 
 
-def _command(module: str):
+def _run(module: str) -> int:
     from tools.cli import run
 
-    return lambda: run(import_module(module).main)
+    return run(import_module(module).main)
 
 
 def match() -> int:
-    return _command("eval.match_images")()
+    return _run("eval.match_images")
 
 
 def evaluate() -> int:
-    return _command("eval.eval_imp")()
+    return _run("eval.eval_imp")
 
 
 def dump() -> int:
-    return _command("dump.dump_megadepth")()
+    return _run("dump.dump_megadepth")
 
 
 def train() -> int:
-    return _command("train")()
+    return _run("train")
 
 
 _claim_names()

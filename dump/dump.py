@@ -47,7 +47,6 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from dump.cameras import is_camera_matrix, is_rigid, read_matrix
 from dump.report import peak_memory_mb, print_rates, report_verified, why, write_report
 from dump.shards import parse_shard, under_torchrun, wait_for_all
 from dump.workers import (
@@ -75,8 +74,16 @@ from tools.files import (
     read_depth,
     read_image,
     read_lines,
+    read_matrix,
 )
-from tools.geometry import essential_matrix, make_pose, relative_pose, resize_keypoints
+from tools.geometry import (
+    essential_matrix,
+    is_camera_matrix,
+    is_rigid,
+    make_pose,
+    relative_pose,
+    resize_keypoints,
+)
 from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.pair_list import read_pair_list

@@ -222,14 +222,8 @@ def _position_after(save_path, scene, done, pairs, image_paths):
 
 
 def _image_task(info, i, scene, base_path, save_path, recipe) -> ImageTask:
-    """The task of image i of a scene_info; InputError if its names or its camera cannot be used."""
-    image_path, depth_path = (str(info[name][i]) for name in ("image_paths", "depth_paths"))
-    for name in (image_path, depth_path):
-        below(base_path, name)
-    K, pose = (np.asarray(info[name][i], np.float64) for name in ("intrinsics", "poses"))
-    usable = K.shape == (3, 3) and pose.shape == (4, 4) and np.isfinite(K).all() and np.isfinite(pose).all()
-    if not usable or min(abs(np.linalg.det(K)), abs(np.linalg.det(pose))) == 0:
-        raise InputError("its intrinsics or pose cannot be used: they must be finite and invertible, 3x3 and 4x4")
+    """The task of image i of a checked scene_info; InputError if its name is too long for a record's."""
+    image_path, depth_path, K, pose = (info[name][i] for name in ("image_paths", "depth_paths", "intrinsics", "poses"))
     record_path = check_name(keypoint_path(save_path, scene, image_path, recipe.feature_type))
     return ImageTask(str(base_path), image_path, depth_path, K, pose, record_path, recipe)
 

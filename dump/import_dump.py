@@ -149,7 +149,7 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     if feature_type is None and len(found) > 1:
         raise InputError(f"{old} holds {' and '.join(found)}: choose with --feature_type")
     if not found or feature_type not in (None, *found):
-        raise InputError(f"{old} is no dump of the original IMP code: no keypoints_{feature_type or 'spp'} in it")
+        raise InputError(f"{old} is not a dump of the original IMP code: no keypoints_{feature_type or 'spp'} in it")
     feature_type = feature_type or found[0]
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})

@@ -25,11 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dump.cameras import is_camera_matrix, is_rigid, read_matrix
 from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import scene_info_from_depth
-from tools.files import atomic_path, check_folder, read_depth, read_image, remove_strays, write_depth
-from tools.geometry import colmap_to_opencv_K, opencv_to_colmap_K, relative_pose
+from tools.files import atomic_path, check_folder, read_depth, read_image, read_matrix, remove_strays, write_depth
+from tools.geometry import colmap_to_opencv_K, is_camera_matrix, is_rigid, opencv_to_colmap_K, relative_pose
 from tools.pair_list import Pair, write_pair_list
 from tools.scene_info import load_scene_info, write_scene_info
 

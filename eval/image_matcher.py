@@ -20,6 +20,7 @@ from tools.features import DESCRIPTOR_DIM, Features, build_extractor
 from tools.files import atomic_path, read_image
 from tools.geometry import (
     essential_matrix,
+    is_camera_matrix,
     make_pose,
     relative_pose,
     resize_K,
@@ -342,7 +343,7 @@ def check_K(K) -> np.ndarray:
         K = np.asarray(K, np.float64)
     except (TypeError, ValueError):
         K = np.zeros(0)
-    if K.shape != (3, 3) or not np.isfinite(K).all() or not (min(K[0, 0], K[1, 1]) > 0 and (K[2] == [0, 0, 1]).all()):
+    if K.shape != (3, 3) or not is_camera_matrix(K):
         raise InputError("K is not a camera matrix: expected (3, 3) with fx 0 cx, 0 fy cy, 0 0 1 and fx, fy > 0; shape "
                          f"{K.shape}")
     return K

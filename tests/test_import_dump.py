@@ -144,7 +144,7 @@ def test_bad_items_are_left_out_and_named(old, tmp_path, capsys, monkeypatch):
 
 def test_what_is_no_such_dump(old, tmp_path, capsys):
     assert imported(tmp_path, tmp_path / "new") == 2
-    assert "is no dump of the original IMP code" in capsys.readouterr().err
+    assert "is not a dump of the original IMP code" in capsys.readouterr().err
     assert imported(old, tmp_path / "new", "--feature_type", "spp") == 2
     assert imported(old, tmp_path / "new") == 0
     assert imported(old, tmp_path / "new", "--descriptor_dtype", "float32") == 2

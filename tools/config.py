@@ -27,8 +27,6 @@ def read_yaml(path) -> dict:
     """Read a YAML file that holds a mapping."""
     try:
         content = yaml.safe_load(read_text(find_config(path)))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -56,7 +56,7 @@ class Extractor:
 class Sift(Extractor):
     """OpenCV SIFT, the `max_keypoints` strongest, as RootSIFT (D = 128).
 
-    unique_locations: one keypoint per place (the first of its dominant orientations), see SPEC 3. device: ignored, so
+    unique_locations: one keypoint per place (the first of its dominant orientations). device: ignored, so
     that every feature type takes one.
     """
 
@@ -137,7 +137,7 @@ class Spp(Extractor):
 
 
 def build_extractor(feature_type: str, **settings) -> Extractor:
-    """Name of SPEC 1 -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
+    """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
     types = {"sift": Sift, "spp": Spp}
     if feature_type not in types:
         raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")

@@ -145,6 +145,19 @@ def read_lines(path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def read_matrix(path, *sides: int) -> np.ndarray:
+    """n x n numbers of a text file, n one of `sides`, (n, n) float64, nan and inf included; InputError if it holds
+    anything else."""
+    try:
+        values = np.array(read_text(path).split(), dtype=np.float64)
+    except ValueError:
+        values = np.zeros(0)
+    for n in sides:
+        if len(values) == n * n:
+            return values.reshape(n, n)
+    raise InputError(f"{path} does not hold {' or '.join(f'{n}x{n}' for n in sides)} numbers")
+
+
 def header_size(path) -> tuple[int, int] | None:
     """(w, h) of an image file by its header, as stored; None where that is not known without decoding it."""
     try:

@@ -6,6 +6,18 @@ poses are 4x4 world-to-camera; T_0to1 = pose1 @ inv(pose0); x1^T E x0 = 0.
 import numpy as np
 
 
+def is_camera_matrix(K: np.ndarray) -> bool:
+    """Whether (3, 3) is finite, with positive focal lengths and the last row 0, 0, 1."""
+    return bool(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1]))
+
+
+def is_rigid(pose: np.ndarray) -> bool:
+    """Whether (4, 4) is a rotation and a translation, to the precision of a text file."""
+    R = pose[:3, :3]
+    return bool(np.isfinite(pose).all() and np.allclose(R @ R.T, np.eye(3), atol=1e-2) and np.linalg.det(R) > 0
+                and np.allclose(pose[3], [0, 0, 0, 1]))
+
+
 def colmap_to_opencv_K(K: np.ndarray) -> np.ndarray:
     """Intrinsics for COLMAP's pixel convention (pixel centres at +0.5) -> the same camera in OpenCV's. (..., 3, 3)."""
     K = np.array(K, dtype=np.float64)

@@ -5,6 +5,7 @@ import numpy as np
 
 from tools.cli import InputError
 from tools.files import atomic_path, read_text
+from tools.geometry import is_camera_matrix
 
 EXPECTED = ("expected `image0 image1`, then nothing, or `rot0 rot1` (2 values), or these and `K0 K1` (20 values), "
             "or these and `T_0to1` (36 values)")
@@ -73,7 +74,7 @@ def _parse(tokens: list[str]) -> Pair:
     if len(numbers):
         pair.K0, pair.K1 = numbers[:18].reshape(2, 3, 3)
         for name, K in (("K0", pair.K0), ("K1", pair.K1)):
-            if not (K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1])):
+            if not is_camera_matrix(K):
                 raise ValueError(f"{name} is no camera matrix; expected fx 0 cx 0 fy cy 0 0 1 with fx, fy > 0")
     if len(numbers) > 18:
         pair.T_0to1 = numbers[18:].reshape(4, 4)
