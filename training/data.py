@@ -278,13 +278,14 @@ class Samples(Dataset):
             source = self.sources[which.choice(len(self.sources), p=self.shares)]
             try:
                 pair = source.pair(k, attempt)
-                why = self.choice.refuses(pair)
-                if not why:
-                    sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
-                    return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
             except Exception as error:
                 why = reason(error)
                 skipped.append((source.name, why))
+                continue
+            why = self.choice.refuses(pair)
+            if not why:  # what goes wrong from here on is not the pair's fault
+                sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
+                return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
         return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {why}"}
 
     def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
