@@ -25,7 +25,6 @@ from eval.methods import Method
 from eval.pair_sets import (
     Hdf5PairSet,
     ListPairSet,
-    read_scannet_camera,
     read_scannet_pairs,
     upright_images,
 )
@@ -52,6 +51,7 @@ from tools.distributed import choose_device
 from tools.features import DESCRIPTOR_DIM, build_extractor
 from tools.files import check_folder, file_hash, write_image
 from tools.pair_list import read_pair_list
+from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches
 

@@ -4,9 +4,8 @@ A set has a length, `set.name(i)`, `set.image_names()`, and `set[i]`, which retu
 for a pair that cannot be read.
 """
 import functools
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import h5py
@@ -25,6 +24,7 @@ from tools.geometry import (
     turn_pose,
 )
 from tools.pair_list import Pair, read_pair_list
+from tools.scannet import packed_name
 
 # both views of a pair, and room for pairs that share an image; 2000 keypoints of 256 channels take 2 MB
 CACHED_IMAGES = 128
@@ -213,29 +213,9 @@ class ListPairSet:
 
 
 def read_scannet_pairs(path) -> list[Pair]:
-    """Pairs of a list by the names that they have in SGMNet's packaging (SPEC 13); cameras are not read.
-
-    `scans_test/scene0707_00/sens/frame-000015.color.jpg` is `scene0707_00/img/15.jpg` there.
-    """
-    def name_in_folder(name):
-        original = re.fullmatch(r"(?:.*/)?(scene\d+_\d+)/sens/frame-(\d+)\.color\.jpg", name)
-        return f"{original[1]}/img/{int(original[2])}.jpg" if original else name
-
-    return [Pair(name_in_folder(pair.image0), name_in_folder(pair.image1), pair.rot0, pair.rot1)
+    """Pairs of a list by the names that they have in SGMNet's packaging (tools.scannet); cameras are not read."""
+    return [Pair(packed_name(pair.image0), packed_name(pair.image1), pair.rot0, pair.rot1)
             for pair in read_pair_list(path)]
-
-
-def read_scannet_camera(root, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """K (3, 3) and world-to-camera pose (4, 4) of the image root/<scene>/img/<N>.jpg; InputError if unusable."""
-    scene, number = PurePosixPath(name).parent.parent, PurePosixPath(name).stem
-    intrinsic, extrinsic = (Path(root, scene, folder, f"{number}.txt") for folder in ("intrinsic", "extrinsic"))
-    try:
-        K, pose = np.loadtxt(intrinsic)[:3, :3].reshape(3, 3), np.linalg.inv(np.loadtxt(extrinsic).reshape(4, 4))
-    except (OSError, ValueError, IndexError, np.linalg.LinAlgError) as error:
-        raise InputError(f"no camera for {name} in {intrinsic} and {extrinsic}: {error}") from None
-    if not (np.isfinite(K).all() and np.isfinite(pose).all() and K[0, 0] > 0 and K[1, 1] > 0):
-        raise InputError(f"camera of {name} not usable: {intrinsic}, {extrinsic}")
-    return K, pose
 
 
 def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:

@@ -10,13 +10,7 @@ from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_s
 from eval import eval_imp
 from eval.matchers import MATCHERS, MatcherSettings
 from eval.methods import Method
-from eval.pair_sets import (
-    Hdf5PairSet,
-    ListPairSet,
-    read_scannet_camera,
-    read_scannet_pairs,
-    upright_images,
-)
+from eval.pair_sets import Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import true_correspondences
 from eval.run import PoseSetting, evaluate
 from tools.cli import InputError, run
@@ -24,6 +18,7 @@ from tools.features import Sift
 from tools.files import read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K, relative_pose
 from tools.pair_list import Pair, read_pair_list
+from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 
 LISTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lists"
