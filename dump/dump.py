@@ -86,7 +86,7 @@ from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.original import from_dump_config
 from tools.pair_list import read_pair_list
-from tools.records import read_record, write_record
+from tools.records import Field, read_record, write_record
 from tools.safe_pickle import load_pickle, numbers
 from tools.scannet import beside, packed_name, read_scannet_camera
 
@@ -109,7 +109,8 @@ EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
     "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
-PART_FIELDS = ("size", "kpt", "desc", "depth_problem")  # and "depth" if there is one
+PART_FIELDS = {"size": Field("i", (2,)), "kpt": Field("f", ("N", 3)), "desc": Field("f", ("N", "D")),
+               "depth_problem": Field("U"), "depth": Field("f", ("N",), optional=True)}
 BYTES_PER_PAIR = 8192  # about what a pair takes in the HDF5 file besides its images
 
 
@@ -407,7 +408,7 @@ def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict
         for view in tqdm(views, "images written", disable=None):
             if view in unusable:
                 continue
-            part = read_record(_part_path(parts, view))
+            part = read_record(_part_path(parts, view), PART_FIELDS)
             try:
                 cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view,
                                             tuple(part["size"].tolist()))

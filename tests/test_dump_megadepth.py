@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -918,20 +919,21 @@ def scalars(path):
     write_record(path, dict.fromkeys(read_record(path), 1))
 
 
-def not_finite(path):
+def not_finite(path, name="pose"):
     record = read_record(path)
-    write_record(path, {**record, "pose": record["pose"] * np.nan})
+    write_record(path, {**record, name: record[name] * np.nan})
 
 
 @pytest.mark.parametrize("file, spoil, words", [
     ("keypoints/0000/1.jpg_sift.npy", truncate, "not a whole record"),
     ("keypoints/0000/1.jpg_sift.npy", Path.unlink, "3 keypoint records, 4 expected"),
-    ("keypoints/0000/1.jpg_sift.npy", shorter, "scores is"),
+    ("keypoints/0000/1.jpg_sift.npy", shorter, "its scores are ("),
     ("keypoints/0000/1.jpg_sift.npy", scalars, "1.jpg_sift.npy: "),
     ("keypoints/0000/1.jpg_sift.npy", not_finite, "pose has values that are not finite"),
+    ("keypoints/0000/1.jpg_sift.npy", functools.partial(not_finite, name="descriptors"), "descriptors has values"),
     ("matches/0000/2.npy", truncate, "not a whole record"),
-    ("matches/0000/2.npy", Path.unlink, "cannot read record"),
-    ("matches/0000/2.npy", out_of_range, "out of the range of"),
+    ("matches/0000/2.npy", Path.unlink, "record not found"),
+    ("matches/0000/2.npy", out_of_range, "name keypoints that view 1, of "),
     ("matches/0000/2.npy", twice, "matched twice"),
     ("matches/0000/77.npy", Path.touch, "does not belong"),
     ("scenes/0000.json", Path.unlink, "scene 0000: not complete"),

@@ -19,6 +19,9 @@ from PIL import Image
 from tools.cli import InputError, OutputError, describe_error
 
 MAX_PIXELS = 2 ** 28  # of an image or depth map, by its header
+# what OpenCV may read, and .heic, which telephones write: better named as skipped than left out without a word
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".avif", ".jp2", ".gif",
+                  ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".ras", ".sr", ".hdr", ".exr", ".heic", ".heif"}
 FLOAT_SUFFIXES = (".exr", ".pfm", ".tif", ".tiff")
 MAX_COMPRESSION = 1100  # of HDF5's filters: deflate reaches 1032
 SMALL_BYTES = 2 ** 24  # may be asked for whatever a file's size
