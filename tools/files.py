@@ -268,30 +268,41 @@ def open_hdf5(path):
         raise InputError(f"cannot read {path}: {describe_error(error)}") from None
 
 
+def hdf5_item(file, name: str):
+    """Dataset or group `name` of an open HDF5 file or group, None if there is none; InputError for a link to elsewhere:
+    of links, only hard ones are followed."""
+    item = file
+    for part in name.strip("/").split("/"):
+        link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{name} of {file.file.filename} is a link to elsewhere")
+        item = item[part]
+    return item
+
+
 def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -> np.ndarray:
     """Dataset `name` of an open HDF5 file or group, read as a whole; InputError if it is not as expected.
 
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    group, where = file, f"{name} of {file.file.filename}"
-    for part in name.strip("/").split("/"):
-        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
-        if not isinstance(link, h5py.HardLink):
-            raise InputError(f"{where} is {'missing' if link is None else 'a link to elsewhere'}")
-        group = group[part]
-    if not isinstance(group, h5py.Dataset) or group.shape is None or group.external or group.is_virtual:
+    item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
+    if item is None:
+        raise InputError(f"{where} is missing")
+    if not isinstance(item, h5py.Dataset) or item.shape is None or item.external or item.is_virtual:
         raise InputError(f"{where} is not a plain dataset")
-    if group.dtype.kind not in kind:
-        raise InputError(f"{where} is of type {group.dtype}")
-    if shape is not None and (len(shape) != len(group.shape)
-                              or any(n is not None and n != there for n, there in zip(shape, group.shape))):
-        raise InputError(f"{where} has shape {group.shape}, not {shape}".replace("None", "any"))
-    largest = max(SMALL_BYTES, MAX_COMPRESSION * group.id.get_storage_size())
-    chunk = math.prod(group.chunks or (1,)) * group.dtype.itemsize
-    if group.size > MAX_PIXELS * 4 or max(group.nbytes, chunk) > largest:
-        raise InputError(f"{where} claims shape {group.shape}, more than the file holds")
-    return group[()]
+    if item.dtype.kind not in kind:
+        raise InputError(f"{where} is of type {item.dtype}")
+    if shape is not None and (len(shape) != len(item.shape)
+                              or any(n is not None and n != there for n, there in zip(shape, item.shape))):
+        raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
+    largest = max(SMALL_BYTES, MAX_COMPRESSION * item.id.get_storage_size())
+    chunk = math.prod(item.chunks or (1,)) * item.dtype.itemsize
+    if item.size > MAX_PIXELS * 4 or max(item.nbytes, chunk) > largest:
+        raise InputError(f"{where} claims shape {item.shape}, more than the file holds")
+    return item[()]
 
 
 def hdf5_image(write) -> bytes:

@@ -7,8 +7,9 @@ import numpy as np
 
 
 def is_camera_matrix(K: np.ndarray) -> bool:
-    """Whether (3, 3) is finite, with positive focal lengths and the last row 0, 0, 1."""
-    return bool(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1]))
+    """Whether (3, 3) is finite and invertible, with positive focal lengths and the last row 0, 0, 1."""
+    return bool(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1])
+                and K[0, 0] * K[1, 1] > K[0, 1] * K[1, 0])
 
 
 def is_rigid(pose: np.ndarray) -> bool:
