@@ -1,6 +1,4 @@
 """The knobs of training, with what they are when a config does not say."""
-import math
-
 from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
 
@@ -126,8 +124,6 @@ def load_train_config(path, arguments: list[str]) -> dict:
         if type(value) not in (int, float):
             continue
         least, most = RANGES.get(key, (0, 2 ** 63))
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key} {value}: expected a finite number")
         if not least <= value <= most:
             expected = f"at least {least}" if value < least else f"at most {most}"
             raise InputError(f"{key} {str(value)[:40]}: expected {expected}")
