@@ -3,6 +3,7 @@
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
 and what else is needed to go on.
 """
+import functools
 import os
 import pickle
 import re
@@ -43,11 +44,7 @@ def load_checkpoint(path, device="cpu") -> dict:
     taken off. Numbers and arrays of NumPy beside it are read. InputError if the file is missing, damaged, no
     checkpoint, or would run code.
     """
-    path = Path(path)
-    same = path.with_name("imp_sift_open.pth")
-    if path.name == "eimp_sift_open.pth" and same.is_file() and not path.is_file():
-        print(f"{path}: IMP and EIMP have the same parameters, taking {same}", file=sys.stderr)
-        path = same
+    path = _renamed(Path(path))
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
@@ -80,6 +77,16 @@ def load_checkpoint(path, device="cpu") -> dict:
     while len(first := {key.partition(".")[0] for key in state}) == 1 and not first & state.keys():
         state = {key.partition(".")[2]: value for key, value in state.items()}
     return {**content, "model": state}
+
+
+@functools.cache  # said once
+def _renamed(path: Path) -> Path:
+    """Earlier, our weights came a second time, for EIMP."""
+    same = path.with_name("imp_sift_open.pth")
+    if path.name != "eimp_sift_open.pth" or path.is_file() or not same.is_file():
+        return path
+    print(f"{path}: IMP and EIMP have the same parameters, taking {same}", file=sys.stderr)
+    return same
 
 
 def _check_zip(path) -> None:
