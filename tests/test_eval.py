@@ -789,7 +789,7 @@ def put(**values):
     lambda line: line.replace(b'"NN_ratio"', b'"NN"'), lambda line: line.replace(b'"magsac"', b'"ransac"'),
     *(changed(put(**values)) for values in (
         {"pair": [1]}, {"pair": True}, {"pair": "1"}, {"results": {}}, {"results": [{"x": 1}]}, {"results": [5]},
-        {"results": []}, {"pair": 0})),
+        {"results": []})),
     changed(lambda content: content["results"].pop()), changed(lambda content: content["results"].append({})),
     *(changed(put(**values), result=True) for values in (
         {"n_matches": "5"}, {"n_matches": -5}, {"n_matches": 5.5}, {"n_keypoints0": None}, {"error_R": float("nan")},
