@@ -357,7 +357,7 @@ def _verify_keypoints(path, manifest: dict) -> int:
         raise InputError(f"{path} is damaged: its descriptors has values that are not finite")
     if n < settings["min_keypoints"]:
         raise InputError(f"{n} keypoints are fewer than min_keypoints")
-    if dtype != settings.get("descriptor_dtype", dtype):
+    if dtype != settings["descriptor_dtype"]:
         raise InputError(f"descriptors are {dtype}")
     return n
 
@@ -404,12 +404,15 @@ def verify_dump(path, scenes=None) -> tuple[int, list]:
     manifest = read_manifest(path)
     n_records, problems = 0, []
     for scene in tqdm(begun_scenes(path) if scenes is None else scenes, "scenes verified", disable=None):
-        if scene_path(path, scene).is_file():
+        if not scene_path(path, scene).is_file():
+            problems.append((f"scene {scene}", "not complete: run the dump again"))
+            continue
+        try:
             n, found = _verify_scene(path, scene, manifest)
             n_records += n
             problems += found
-        else:
-            problems.append((f"scene {scene}", "not complete: run the dump again"))
+        except Exception as error:
+            problems.append((f"scene {scene}", reason(error)))
     return n_records, problems
 
 

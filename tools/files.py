@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from imp_matching import shipped
 from tools.cli import InputError, OutputError, describe_error
 
 MAX_PIXELS = 2 ** 28  # of an image or depth map, by its header
@@ -134,17 +135,33 @@ def read_text(path) -> str:
     raise InputError(f"cannot read {path}: it is not a text file")
 
 
+def _unique(pairs: list[tuple]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
 def read_json(path):
-    """Read a JSON file; InputError names the file when it is missing or not JSON."""
+    """Read a JSON file; InputError names the file when it is missing or not JSON, or has a key twice."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
+def find_shipped(path, kind: str) -> Path:
+    """A file as named; where NAME or `kind`/NAME is not there, the one of that name in ./`kind`, or that ships."""
+    path = Path(path)
+    if path.parent not in (Path(), Path(kind)) or path.exists():
+        return path
+    return next((own for own in (Path(kind, path.name), shipped(kind) / path.name) if own.is_file()), path)
+
+
 def read_lines(path) -> list[str]:
-    """Non-empty lines of a text file, stripped; lines that start with # are left out."""
-    lines = (line.strip() for line in read_text(path).splitlines())
+    """Non-empty lines of a text file, or of one of the assets, stripped; lines that start with # are left out."""
+    lines = (line.strip() for line in read_text(find_shipped(path, "assets")).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
