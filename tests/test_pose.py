@@ -213,7 +213,7 @@ def views_of(n_far=0, n_near=0, noise=0.0, t=(0.0, 0.0, 0.0), plane=False, seed=
     (False, {"n_near": 300, "noise": 0.5, "t": (0.001, 0, 0)}),  # a hand that trembles
     (True, {"n_far": 300, "n_near": 12, "noise": 0.5, "t": (0.1, 0, 0)}),
     (True, {"n_far": 300, "n_near": 12, "noise": 1.0, "t": (0.1, 0.02, 0.05)}),
-    (False, {"n_far": 300, "n_near": 4, "noise": 0.5, "t": (0.1, 0, 0)}),  # as many as wrong matches may be
+    (False, {"n_far": 100, "n_near": 5, "noise": 0.5, "t": (0.1, 0, 0)}),  # as many as wrong matches may be
     (True, {"n_near": 300, "noise": 0.5, "t": (0.3, 0, 0)}), (True, {"n_near": 300, "noise": 0.5, "t": (0, 0, 0.3)}),
     (True, {"n_near": 300, "noise": 0.5, "t": (0.5, 0, 0), "plane": True}), (True, {"n_near": 7, "t": (0.5, 0, 0.2)}),
 ])
