@@ -166,7 +166,7 @@ class ImageMatches:
         return "change" if self.T_0to1 is None else "error"
 
     def save(self, path, settings: dict | None = None) -> None:
-        """Write the npz that eval.match_images describes, atomically; settings: what made it."""
+        """Write the npz that docs/formats.md describes, atomically; settings: what made it."""
         unknown = np.full((3, 3), np.nan)
         arrays = {"version": VERSION, "matches": self.matches, "matching_scores": self.matching_scores,
                   "inliers": self.inliers, "R": unknown if self.R is None else self.R,
