@@ -1,4 +1,4 @@
-"""Match the pairs of a set, estimate their poses and report how good both are (SPEC 12-14).
+"""Match the pairs of a set, estimate their poses and report how good both are.
 
     python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset yfcc --feature_type sift
     python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp

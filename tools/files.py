@@ -302,7 +302,25 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     chunk = math.prod(item.chunks or (1,)) * item.dtype.itemsize
     if item.size > MAX_PIXELS * 4 or max(item.nbytes, chunk) > largest:
         raise InputError(f"{where} claims shape {item.shape}, more than the file holds")
+    if item.dtype.kind == "O" and not 0 <= _text_length(item) <= os.path.getsize(item.file.filename):
+        raise InputError(f"{where} claims longer text than the file holds, or is not plain text")
     return item[()]
+
+
+def _text_length(item) -> int:
+    """Bytes that an HDF5 dataset of strings of any length claims to hold, for which the library takes memory unseen;
+    -1 if it is something else, or compressed."""
+    raw, n = b"", item.size
+    if item.chunks is None and item.id.get_offset() is not None:
+        with open(item.file.filename, "rb") as file:
+            file.seek(item.id.get_offset())
+            raw = file.read(item.id.get_storage_size())
+    elif item.chunks == item.shape and not item.id.get_create_plist().get_nfilters():
+        raw = item.id.read_direct_chunk((0,) * item.ndim)[1]
+    if h5py.check_string_dtype(item.dtype) is None or not n or len(raw) % n or len(raw) // n < 4:
+        return -1
+    elements = np.frombuffer(raw, np.uint8).reshape(n, -1)  # each: a length, and where the text lies
+    return int(elements[:, :4].copy().view("<u4").sum(dtype=np.uint64))
 
 
 def hdf5_image(write) -> bytes:
