@@ -11,7 +11,7 @@ While a process writes a scene, OUT/.<scene>.lock is there too.
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import read_json, write_json
 from tools.locks import locked
 
@@ -32,7 +32,7 @@ def _is_list_of_reasons(value) -> bool:
 
 # What is read of each file: name -> whether a value can be its, and what stands for a missing one (None: it must be
 # there). Dumps that were imported, or made by early versions, count less.
-MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(DESCRIPTOR_DIM), None),
+MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(FEATURE_TYPES), None),
                    "settings": (lambda value: isinstance(value, dict), None)}
 SETTINGS_FIELDS = {"min_keypoints": (_is_count, None),
                    "descriptor_dtype": (lambda value: value in ("float16", "float32"), "float16")}
