@@ -5,22 +5,9 @@
 
 A YAML file of the original (data_name, rawdata_dir, ..., extractor: {name, num_kpt, ...}) is read as it is.
 
-The file has one group per quantity, and in each one dataset per pair, named by its number "0" .. "n-1":
-
-    K1 K2              (3, 3) float64, OpenCV's pixel convention, for the images as stored
-    R T                (3, 3) and (3,) float64: camera 1 -> camera 2, T in the raw data's unit of length
-    e f                (3, 3) float64: essential matrix [T]_x R and fundamental matrix; x2^T e x1 = 0
-    img_path1 img_path2    (1,) string, relative to raw_data_dir; a single string in older files
-    kpt1 kpt2          (N, 3) float32: x, y in pixels of the image as stored, and the score
-    desc1 desc2        (N, D) float32
-    size1 size2        (2,) int32: w, h
-    depth1 depth2      (N,) float32: depth at the keypoints, 0 = unknown; only for images that have a depth map, that
-                       is YFCC test/depths/<image stem>.h5, ScanNet depth/<N>.png (16-bit millimetres) or depth/<N>.h5
-
-kpt, desc, size and depth are stored once per image under images/<img_path>/ and hard-linked into the pairs. A pair of
-which an image, its camera or its pose cannot be read is left out, and the numbers close up. File attributes: `format`
-"imp-eval", `version` 1, `dataset`, `feature_type`, `settings` (JSON); the string dataset `skipped` lists, as JSON, what
-was left out, and `counts` says how much was kept.
+docs/formats.md lists what the file holds. A pair of which an image, its camera or its pose cannot be read is left out,
+and the numbers close up. Depth is for images that have a depth map: YFCC test/depths/<image stem>.h5, ScanNet
+depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
 
 It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, which the next run goes on with, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.
