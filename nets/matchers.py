@@ -16,7 +16,7 @@ from nets.layers import (
     Views,
     normalize_keypoints,
 )
-from nets.losses import matching_loss_from_targets, pose_consistency_loss, restrict, targets_from_mask
+from nets.losses import POSE_CLAMP, matching_loss_from_targets, pose_consistency_loss, restrict, targets_from_mask
 from nets.pooling import keep_indices, keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
@@ -221,7 +221,8 @@ class Matcher(nn.Module):
             state.advance()
             yield state
 
-    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0) -> dict:
+    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0,
+                pose_clamp: float = POSE_CLAMP, pose_form: str = "normalised") -> dict:
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
         With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
@@ -229,7 +230,8 @@ class Matcher(nn.Module):
         and iteration), and per_iteration, a dict of the same names but loss to (L,) each; every iteration's assignment
         is then computed. With pose_weight > 0 besides, the scalars pose_loss
         (mean over iterations) and pose_samples (how many samples of the batch it could use, mean over iterations), and
-        loss is the matching loss plus pose_weight times pose_loss.
+        loss is the matching loss plus pose_weight times pose_loss; pose_clamp, pose_form: as for
+        `pose_consistency_loss`.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
         targets = targets_from_mask(data["matching_mask"]) if "matching_mask" in data else None
@@ -240,7 +242,8 @@ class Matcher(nn.Module):
                 supervised.append(self._supervise(state, kept))
                 if pose_weight > 0:
                     posed.append(pose_consistency_loss(state.assignment, kept, data["camera_keypoints0"],
-                                                       data["camera_keypoints1"], data["has_pose"]))
+                                                       data["camera_keypoints1"], data["has_pose"], pose_clamp,
+                                                       pose_form))
             if state.iteration == n_layers - 1:
                 matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
             elif self.pools and pools_after(state.iteration):
