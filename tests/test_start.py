@@ -9,7 +9,7 @@ from tools.cli import InputError
 from training import start
 from training.config import DEFAULTS, load_train_config
 from training.data import Choice, DumpSource, Samples
-from training.start import _write, guided_start, position_code, warm_start
+from training.start import _write, branch_ends, guided_start, position_code, warm_start
 from training.trainer import build
 
 
@@ -141,3 +141,4 @@ def test_published_start():
         for proj in attn.proj:
             assert torch.equal(proj.weight, attn.merge.weight) and torch.equal(proj.bias, attn.merge.bias)
     assert not torch.equal(own[0].merge.weight, own[1].merge.weight)
+    assert all((end.bias == 0).all() and (end.weight != 0).any() for end in branch_ends(matcher))
