@@ -166,7 +166,7 @@ class ImageMatches:
         return "change" if self.T_0to1 is None else "error"
 
     def save(self, path, settings: dict | None = None) -> None:
-        """Write the npz that eval.match_images describes, atomically; settings: what made it."""
+        """Write the npz that docs/formats.md describes, atomically; settings: what made it."""
         unknown = np.full((3, 3), np.nan)
         arrays = {"version": VERSION, "matches": self.matches, "matching_scores": self.matching_scores,
                   "inliers": self.inliers, "R": unknown if self.R is None else self.R,
@@ -191,10 +191,10 @@ def describe_pose(found: ImageMatches) -> str:
     line = f"{n_inliers} inliers; rotation {angle:.1f} degrees, translation ({direction})"
     if found.T_0to1 is not None:
         error_t, error_R = pose_error(found.T_0to1, found.R, found.t)
-        line += f"; {error_R:.1f} and {error_t:.1f} degrees off"
-    elif not found.translation_determined:
-        line += "; the images differ by a rotation at most"
-    elif n_inliers < DOUBTFUL_INLIERS:
+        line += f"; {error_R:.1f}{f' and {error_t:.1f}' if found.translation_determined else ''} degrees off"
+    if not found.translation_determined:
+        line += "; a rotation alone explains the matches"
+    elif found.T_0to1 is None and n_inliers < DOUBTFUL_INLIERS:
         line += "; doubtful, with so few inliers"
     return line
 
@@ -307,7 +307,7 @@ class ImageMatcher:
         if out.pose is not None:
             rows0, rows1 = matches[out.pose[2]].T
             determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
-                                                   matched_K0, matched_K1, out.pose[0], 2 * self.threshold)
+                                                   matched_K0, matched_K1, out.pose[0], self.threshold)
         R, t, inliers = _as_stored(out.pose, view0, view1) or (None, None, np.zeros(len(matches), bool))
         steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in out.steps]
         return ImageMatches(view0, view1, matches, scores, K0, K1, K_source0, K_source1, R, t, inliers, T_0to1,

@@ -18,15 +18,15 @@ from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
 from tools.files import check_folder, remove_strays, write_json
 from tools.locks import locked
-from training.data import Samples, StepBatches, collate, end_workers, make_loader
+from training.data import StepBatches, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
-from training.start import branch_ends, guided_start, published_start, warm_start
+from training.start import branch_ends, published_start, warm_start
+from training.state import load_optimizer, read_state
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
 NAMED_PAIRS = 5  # in the message that ends such a run
-START_SAMPLES = 16  # whose descriptors a guided start looks at
 # what may differ when a run goes on: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
@@ -50,17 +50,8 @@ def learning_rate(config: dict, step: int) -> float:
     return max(config["lr"] * config["decay_rate"] ** max(0, step - config["decay_iter"]), config["min_lr"])
 
 
-def _some_descriptors(samples: Samples) -> torch.Tensor:
-    """Descriptors (N, D) of view 0 of the first samples of a run."""
-    batch = collate([samples[k] for k in range(START_SAMPLES)])
-    if "failed" in batch:
-        raise InputError(batch["failed"])
-    real = batch.get("mask0", torch.ones_like(batch["scores0"], dtype=torch.bool))
-    return batch["descriptors0"][real].float()
-
-
-def build(config: dict, samples: Samples | None = None):
-    """The matcher of a configuration, initialised from its seed; samples: of the run, for a guided start."""
+def build(config: dict):
+    """The matcher of a configuration, initialised from its seed."""
     torch.manual_seed(config["seed"])
     matcher = build_matcher(config["network"], descriptor_dim=DESCRIPTOR_DIM[config["feature"]],
                             n_layers=config["layers"], norm_fn=config["norm_fn"], ac_fn=config["ac_fn"],
@@ -72,15 +63,14 @@ def build(config: dict, samples: Samples | None = None):
         published_start(matcher)
     elif config["init"] == "warm":
         warm_start(matcher)
-    elif config["init"] == "guided":
-        guided_start(matcher, _some_descriptors(samples), config["seed"])
     return matcher
 
 
 def _without_paths(key: str, value):
     """What a setting says besides where things are."""
-    if key == "online_sources":
-        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")} for entry in value]
+    if key == "online_sources" and isinstance(value, list):
+        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")}
+                if isinstance(entry, dict) else entry for entry in value]
     return value
 
 
@@ -110,7 +100,7 @@ class Trainer:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
         # the weights of a run that goes on are in its checkpoint
-        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config, self.samples)
+        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
@@ -139,22 +129,19 @@ class Trainer:
 
     def resume(self, path) -> None:
         """Go on from a checkpoint, or from the latest of a run's folder."""
-        path = Path(path) / "latest.pth" if Path(path).is_dir() else Path(path)
-        content = load_checkpoint(path)
-        if "optimizer" not in content:
-            raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
+        content = read_state(path)
+        path = content["path"]
         for key, value in content["config"].items():
             if key not in FREE_IN_RESUME and _without_paths(key, value) != _without_paths(key, self.config.get(key)):
                 raise InputError(f"{path} was trained with {key} {value}, now it is {self.config.get(key)}: give the "
                                  "same, or start a new run with weight_path")
         load_weights(self.model, content["model"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(self.optimizer, content["optimizer"], path)
         self.step, self.best = content["step"], content["best"]
-        # versions 1 and 2 did not have all of them
-        self.bad, draw_size = content.get("bad", []), content.get("draw_size", self.samples.draw_size)
-        self.validation_due = content.get("validation_due", False)
+        self.bad, self.validation_due = list(content["bad"]), content["validation_due"]
         if self.job.is_main:  # they are those of all processes
-            self.skipped = Counter({(source, reason): count for source, reason, count in content.get("skipped", [])})
+            self.skipped = Counter({(source, reason): count for source, reason, count in content["skipped"]})
+        draw_size = self.samples.draw_size if content["draw_size"] is None else content["draw_size"]
         if content["scenes"] != self.samples.scenes or draw_size != self.samples.draw_size:
             raise InputError(f"{path} was trained on other scenes or photographs: {len(content['scenes'])} scenes, "
                              f"{draw_size} items a draw; now {len(self.samples.scenes)} and {self.samples.draw_size}")
