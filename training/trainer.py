@@ -245,7 +245,8 @@ class Trainer:
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            out = self.parallel(batch, pose_weight=pose_weight)
+            out = self.parallel(batch, pose_weight=pose_weight, pose_clamp=config["pose_clamp"],
+                                pose_form=config["pose_form"])
         out["loss"].backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         following = self._next_batch()  # while the device is at work: nothing has waited for it yet
