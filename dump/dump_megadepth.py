@@ -454,7 +454,7 @@ def print_summary(summary: dict, report: dict) -> None:
 
 def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: str = "float16", device: str = "auto",
               **settings) -> Recipe:
-    """The published recipe of a training dump with some `settings` of the extractor changed; InputError for one it does not have."""
+    """The published recipe with some `settings` of the extractor changed; InputError for one it does not have."""
     defaults = FEATURE_TYPES[feature_type].dump_settings
     foreign = sorted(set(settings) - set(defaults))
     if foreign:

@@ -1,4 +1,4 @@
-"""Network, assignment and pooling of docs/method.md once more, without regard to speed; nets/ is timed against it, and tested by it.
+"""The networks of docs/method.md once more, without regard to speed; nets/ is timed against it, and tested by it.
 
 It shares nothing with nets/ but the names of the weights: (B, C, N) tensors and 1x1 convolutions, each view by itself,
 attention matrices written out, Sinkhorn unrolled for autograd, EIMP's assignments and pooling sample by sample.
