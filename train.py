@@ -1,9 +1,8 @@
 """Train a matcher: python3 train.py --config configs/config_train_megadepth.json [--key value ...]"""
 import argparse
-import sys
 
 from tools.cli import report_skipped, run
-from tools.distributed import launch
+from tools.distributed import launch, leave
 from training.config import DEFAULTS, load_train_config
 from training.curves import plot_losses
 from training.trainer import train
@@ -28,4 +27,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

@@ -34,7 +34,6 @@ import argparse
 import contextlib
 import errno
 import json
-import re
 import shutil
 import sys
 import time
@@ -74,7 +73,6 @@ from tools.files import (
     read_depth,
     read_image,
     read_lines,
-    read_matrix,
 )
 from tools.geometry import (
     essential_matrix,
@@ -86,9 +84,11 @@ from tools.geometry import (
 )
 from tools.locks import locked
 from tools.manifest import check_settings, claim
+from tools.original import from_dump_config
 from tools.pair_list import read_pair_list
-from tools.records import read_record, write_record
+from tools.records import Field, read_record, write_record
 from tools.safe_pickle import load_pickle, numbers
+from tools.scannet import beside, packed_name, read_scannet_camera
 
 FORMAT = "imp-eval"
 VERSION = 1
@@ -109,7 +109,8 @@ EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
     "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
-PART_FIELDS = ("size", "kpt", "desc", "depth_problem")  # and "depth" if there is one
+PART_FIELDS = {"size": Field("i", (2,)), "kpt": Field("f", ("N", 3)), "desc": Field("f", ("N", "D")),
+               "depth_problem": Field("U"), "depth": Field("f", ("N",), optional=True)}
 BYTES_PER_PAIR = 8192  # about what a pair takes in the HDF5 file besides its images
 
 
@@ -132,57 +133,6 @@ class ViewTask:
     config: dict
 
 
-ORIGINAL_KEYS = {"data_name": "dataset", "rawdata_dir": "raw_data_dir", "data_seq": "scenes", "pair_list": "pair_list"}
-ORIGINAL_UNUSED = {"feature_dump_dir", "overwrite", "extract"}
-ORIGINAL_FEATURES = {"sp": "spp", "root": "sift"}
-
-
-def from_original(values: dict, source: str) -> dict:
-    """The original's evaluation YAML in our keys, `workers` among them; InputError for a key that it does not have."""
-    def unknown(key):
-        return InputError(f"{source}: unknown key {key!r} in a configuration with data_name (the original's form)")
-
-    config, unused = {"extractor": {}}, []
-    for key, value in values.items():
-        if key in ORIGINAL_KEYS:
-            config[ORIGINAL_KEYS[key]] = value
-        elif key == "data_split":
-            if value not in ("test", ["test"]):
-                raise InputError(f"{source}: data_split {value!r}: only ['test'] is known")
-        elif key in ORIGINAL_UNUSED:
-            unused.append(key)
-        elif key not in ("dataset_dump_dir", "extractor"):
-            raise unknown(key)
-    extractor_values = values.get("extractor") or {}
-    if not isinstance(extractor_values, dict):
-        raise InputError(f"{source}: extractor should hold keys and values, not {extractor_values!r}")
-    for key, value in extractor_values.items():
-        if key == "name":
-            config["feature_type"] = ORIGINAL_FEATURES.get(value, value)
-        elif key == "num_kpt":
-            config["extractor"]["max_keypoints"] = value
-        elif key == "resize":
-            sides = [] if value in (None, -1, [-1]) else value if isinstance(value, list) else [value]
-            config["resize"] = sides[::-1]  # height first
-        elif key == "num_process":
-            config["workers"] = value
-        elif key == "det_th" and extractor_values.get("name") in ("root", "sift"):
-            config["extractor"]["contrast_threshold"] = value
-        elif key == "det_th":
-            print(f"note: {source}: det_th has no effect on sp, as in the original: keypoint_threshold is "
-                  f"{EXTRACTOR_DEFAULTS['spp']['keypoint_threshold']}", file=sys.stderr)
-        elif key in ORIGINAL_UNUSED:
-            unused.append(key)
-        else:
-            raise unknown(f"extractor.{key}")
-    if values.get("dataset_dump_dir"):
-        name = f"{values['data_name']}_{extractor_values.get('name')}_{extractor_values.get('num_kpt')}.hdf5"
-        config["output"] = str(Path(str(values["dataset_dump_dir"]), name))
-    if unused:
-        print(f"note: {source}: not needed here and ignored: {', '.join(unused)}", file=sys.stderr)
-    return config
-
-
 def _whole(value):
     """A whole number that a YAML file has as 1600.0 or "1600"; anything else as it is."""
     try:
@@ -200,7 +150,7 @@ def load_config(path, arguments: list[str]) -> dict:
     config, extractor_values = dict(DEFAULTS), []
     file = read_yaml(path)
     if "data_name" in file:
-        file = from_original(file, str(path))
+        file = from_dump_config(file, str(path))
     for values, source in ((file, str(path)), (parse_overrides(arguments), "command line")):
         nested = values.pop("extractor", None) or {}
         if not isinstance(nested, dict):
@@ -268,12 +218,12 @@ def yfcc_pairs(raw_data_dir, scenes: list[str]) -> list[tuple[View, View]]:
 
 
 def _scannet_view(name) -> View:
-    original = re.fullmatch(r"(?:.*/)?(scene\d+_\d+)/sens/frame-(\d+)\.color\.jpg", name)
-    path = PurePosixPath(original[1], "img", f"{int(original[2])}.jpg") if original else PurePosixPath(name)
+    name = packed_name(name)
+    path = PurePosixPath(name)
     if len(path.parts) < 3 or path.parent.name != "img":
         return View(name, (), ())  # _view_task says what is wrong
-    beside = [str(path.parent.parent / folder / path.stem) for folder in ("intrinsic", "extrinsic", "depth")]
-    return View(str(path), (f"{beside[0]}.txt", f"{beside[1]}.txt"), (f"{beside[2]}.png", f"{beside[2]}.h5"))
+    return View(name, (beside(name, "intrinsic", ".txt"), beside(name, "extrinsic", ".txt")),
+                (beside(name, "depth", ".png"), beside(name, "depth", ".h5")))
 
 
 def scannet_pairs(pair_list) -> list[tuple[View, View]]:
@@ -296,15 +246,11 @@ def _yfcc_camera(raw_data_dir, view, image_size):
     return K, pose
 
 
-def _scannet_camera(raw_data_dir, view, image_size):
-    intrinsic, extrinsic = (below(raw_data_dir, path) for path in view.camera_paths)
-    pose = read_matrix(extrinsic, 4)
-    return read_matrix(intrinsic, 3, 4)[:3, :3], np.linalg.inv(pose) if is_rigid(pose) else pose
-
-
 def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, int]):
     """(K (3, 3) in OpenCV's convention, pose (4, 4) world-to-camera) of a view; InputError if they cannot be used."""
-    K, pose = (_yfcc_camera if dataset == "yfcc" else _scannet_camera)(raw_data_dir, view, image_size)
+    if dataset == "scannet":
+        return read_scannet_camera(raw_data_dir, view.image_path)
+    K, pose = _yfcc_camera(raw_data_dir, view, image_size)
     if not (is_camera_matrix(K) and is_rigid(pose)):
         raise InputError(f"camera not usable: {' '.join(view.camera_paths)}")
     return K, pose
@@ -462,7 +408,7 @@ def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict
         for view in tqdm(views, "images written", disable=None):
             if view in unusable:
                 continue
-            part = read_record(_part_path(parts, view))
+            part = read_record(_part_path(parts, view), PART_FIELDS)
             try:
                 cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view,
                                             tuple(part["size"].tolist()))

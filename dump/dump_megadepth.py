@@ -60,7 +60,7 @@ from tools.manifest import (
     read_scene,
     scene_path,
 )
-from tools.records import read_record, write_record
+from tools.records import KEYPOINT_FIELDS, MATCH_FIELDS, check_matches, read_record, write_record
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
 FEATURE_SETTINGS = {  # SPEC 3, "Dump"
@@ -71,10 +71,6 @@ MIN_WITH_DEPTH = 20  # more than that, in each image
 MIN_MATCHES = 20  # more than that
 PAIRS_AT_ONCE = 16
 VIEWS_KEPT = 256
-
-KEYPOINT_FIELDS = ("image_path", "depth_path", "image_size", "intrinsics", "pose", "keypoints", "scores",
-                   "descriptors", "depth")
-MATCH_FIELDS = ("image_path0", "image_path1", "intrinsics0", "intrinsics1", "pose0", "pose1", "matches", "overlap")
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def finish_view(task: ImageTask, loaded: tuple, features: Features) -> bool:
 
 @functools.lru_cache(maxsize=VIEWS_KEPT)
 def _read_view(path):
-    record = read_record(path, mmap=True)
+    record = read_record(path, KEYPOINT_FIELDS, mmap=True)
     view = [np.array(record[name]) for name in ("keypoints", "depth", "intrinsics", "pose")]
     return view, np.count_nonzero(view[1] > 0)
 
@@ -211,7 +207,7 @@ def _position_after(save_path, scene, done, pairs, image_paths):
     if not done:
         return 0
     last = match_path(save_path, scene, done - 1)
-    record = read_record(last)
+    record = read_record(last, MATCH_FIELDS)
     names = [record["image_path0"], record["image_path1"]]
     paths = np.array(image_paths, dtype=object)
     same = np.flatnonzero((paths[pairs] == names).all(axis=1))
@@ -255,7 +251,8 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     tasks = list(task_of.values())
-    done_before = {i for i, path in record_paths.items() if is_whole(path, KEYPOINT_FIELDS)}
+    dim = DESCRIPTOR_DIM[recipe.feature_type]
+    done_before = {i for i, path in record_paths.items() if is_whole(path, KEYPOINT_FIELDS, D=dim)}
     outcome |= dict.fromkeys(done_before, True)
     n_missing = len(tasks) - len(done_before)
     started = time.perf_counter()
@@ -352,42 +349,29 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
     return summary
 
 
-def _verify_keypoints(path, manifest: dict) -> tuple[int, list]:
-    """Number of keypoints of a record, and what is wrong with it."""
-    record = read_record(path)
-    if tuple(record) != KEYPOINT_FIELDS:
-        return 0, [f"its fields are {', '.join(record)}"]
-    n = len(record["keypoints"])
-    shapes = {"keypoints": (n, 2), "scores": (n,), "depth": (n,), "intrinsics": (3, 3), "pose": (4, 4),
-              "descriptors": (n, DESCRIPTOR_DIM[manifest["feature_type"]])}
-    problems = [f"{name} is {record[name].shape}, not {shape}" for name, shape in shapes.items()
-                if record[name].shape != shape]
-    problems += [f"{name} has values that are not finite" for name in shapes if not np.isfinite(record[name]).all()]
-    if n < manifest["settings"]["min_keypoints"]:
-        problems.append(f"{n} keypoints are fewer than min_keypoints")
-    if record["descriptors"].dtype != manifest["settings"]["descriptor_dtype"]:
-        problems.append(f"descriptors are {record['descriptors'].dtype}")
-    return n, problems
+def _verify_keypoints(path, manifest: dict) -> int:
+    """Number of keypoints of a record; InputError says what is wrong with it."""
+    record = read_record(path, KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[manifest["feature_type"]])
+    n, settings, dtype = len(record["keypoints"]), manifest["settings"], record["descriptors"].dtype
+    if not np.isfinite(record["descriptors"]).all():
+        raise InputError(f"{path} is damaged: its descriptors has values that are not finite")
+    if n < settings["min_keypoints"]:
+        raise InputError(f"{n} keypoints are fewer than min_keypoints")
+    if dtype != settings["descriptor_dtype"]:
+        raise InputError(f"descriptors are {dtype}")
+    return n
 
 
-def _verify_matches(path, n_keypoints: dict, feature_type: str) -> list:
-    """What is wrong with a match record; n_keypoints: by name of the keypoint record."""
-    record = read_record(path)
-    if tuple(record) != MATCH_FIELDS:
-        return [f"its fields are {', '.join(record)}"]
-    matches, problems = record["matches"], []
-    if matches.ndim != 2 or matches.shape[1] != 2 or len(matches) <= MIN_MATCHES:
-        return [f"matches are {matches.shape}"]
-    for side in (0, 1):
-        name = keypoint_path("", "", record[f"image_path{side}"], feature_type).name
-        indices = matches[:, side]
+def _verify_matches(path, n_keypoints: dict, feature_type: str) -> None:
+    """InputError says what is wrong with a match record; n_keypoints: by name of the keypoint record."""
+    record = read_record(path, MATCH_FIELDS)
+    if len(record["matches"]) <= MIN_MATCHES:
+        raise InputError(f"it has {len(record['matches'])} matches, more than {MIN_MATCHES} are needed")
+    names = [keypoint_path("", "", record[f"image_path{v}"], feature_type).name for v in "01"]
+    for name in names:
         if name not in n_keypoints:
-            problems.append(f"its keypoint record {name} is missing or damaged")
-        elif indices.min() < 0 or indices.max() >= n_keypoints[name]:
-            problems.append(f"match indices out of the range of {name}")
-        if len(np.unique(indices)) < len(indices):
-            problems.append(f"a keypoint of view {side} is matched twice")
-    return problems
+            raise InputError(f"its keypoint record {name} is missing or damaged")
+    check_matches(path, record["matches"], [n_keypoints[name] for name in names])
 
 
 def _verify_scene(path, scene, manifest) -> tuple[int, list]:
@@ -401,16 +385,14 @@ def _verify_scene(path, scene, manifest) -> tuple[int, list]:
     n_keypoints = {}
     for file in keypoint_files:
         try:
-            n_keypoints[file.name], found = _verify_keypoints(file, manifest)
+            n_keypoints[file.name] = _verify_keypoints(file, manifest)
         except Exception as error:
-            found = [reason(error)]
-        problems += [(file, what) for what in found]
+            problems.append((file, reason(error)))
     for file in match_files:
         try:
-            found = _verify_matches(file, n_keypoints, manifest["feature_type"])
+            _verify_matches(file, n_keypoints, manifest["feature_type"])
         except Exception as error:
-            found = [reason(error)]
-        problems += [(file, what) for what in found]
+            problems.append((file, reason(error)))
     return len(keypoint_files) + n_pairs, problems
 
 
@@ -422,12 +404,15 @@ def verify_dump(path, scenes=None) -> tuple[int, list]:
     manifest = read_manifest(path)
     n_records, problems = 0, []
     for scene in tqdm(begun_scenes(path) if scenes is None else scenes, "scenes verified", disable=None):
-        if scene_path(path, scene).is_file():
+        if not scene_path(path, scene).is_file():
+            problems.append((f"scene {scene}", "not complete: run the dump again"))
+            continue
+        try:
             n, found = _verify_scene(path, scene, manifest)
             n_records += n
             problems += found
-        else:
-            problems.append((f"scene {scene}", "not complete: run the dump again"))
+        except Exception as error:
+            problems.append((f"scene {scene}", reason(error)))
     return n_records, problems
 
 

@@ -18,7 +18,7 @@ from tools.features import DESCRIPTOR_DIM
 from tools.files import remove_strays, write_json
 from tools.locks import locked
 from tools.manifest import FORMAT, VERSION, claim, keypoint_path, lock_path, match_path, read_scene, scene_path
-from tools.records import read_record, write_record
+from tools.records import KEYPOINT_FIELDS, read_record, write_record
 from tools.safe_pickle import load_npy, numbers
 from tools.scene_info import check_camera, check_name
 
@@ -55,8 +55,7 @@ def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -
     for name, value in record.items():
         if isinstance(value, np.ndarray) and not np.isfinite(value).all():
             raise InputError(f"its {name} are not finite")
-    return {name: record[name] for name in ("image_path", "depth_path", "image_size", "intrinsics", "pose", "keypoints",
-                                            "scores", "descriptors", "depth")}
+    return {name: record[name] for name in KEYPOINT_FIELDS}
 
 
 def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
@@ -124,7 +123,7 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
         try:
             if not target.exists():
                 write_record(target, _keypoint_record(_load_dict(path), path.name, feature_type, dtype))
-            n_keypoints[image] = len(read_record(target, mmap=True)["scores"])
+            n_keypoints[image] = len(read_record(target, KEYPOINT_FIELDS, mmap=True)["scores"])
         except Exception as error:
             skipped.append([f"{scene}/{path.name}", reason(error)])
     for name, read in tqdm(pairs, f"{scene} pairs", leave=False, disable=None):

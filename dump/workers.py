@@ -13,7 +13,7 @@ from dump.shards import deal, under_torchrun
 from tools.cli import InputError, reason
 from tools.features import build_extractor
 from tools.processes import WorkerPool
-from tools.records import read_record
+from tools.records import Field, read_record
 
 
 def available_cores() -> int:
@@ -89,18 +89,16 @@ def weights_of(feature_type: str, settings: dict, device: str = "auto") -> dict:
     return {} if feature_type == "sift" else {"weights": extractor(feature_type, settings, device).weights_hash}
 
 
-def is_whole(path: Path, fields: tuple) -> bool:
-    """Whether a record of (at least) these fields is there, as far as its header and size tell; one that is torn is
-    removed, to be made again."""
+def is_whole(path: Path, fields: dict[str, Field], **lengths: int) -> bool:
+    """Whether a record that `read_record` takes is there; one that is torn is removed, to be made again."""
     if not path.exists():
         return False
     try:
-        if tuple(read_record(path, mmap=True))[:len(fields)] == fields:
-            return True
+        read_record(path, fields, mmap=True, **lengths)
+        return True
     except InputError:
-        pass
-    path.unlink()
-    return False
+        path.unlink()
+        return False
 
 
 def check_name(path: Path) -> Path:

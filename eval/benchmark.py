@@ -244,21 +244,18 @@ def sample_milliseconds(rounds: int, n: int = 4096, chosen: int = 1024) -> float
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         claim(folder, {"format": "imp-dump", "version": 1, "feature_type": "sift", "settings": {"min_keypoints": 1024}})
-        for i in range(2):
-            path = keypoint_path(folder, "0", f"{i}.jpg", "sift")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_record(path, {"keypoints": rng.uniform(0, 1600, (n, 2)).astype(np.float32),
-                                "scores": rng.uniform(0, 1, n).astype(np.float32),
-                                "descriptors": rng.normal(size=(n, 128)).astype(np.float16),
-                                "image_size": np.array([1600, 1200]),
-                                "intrinsics": np.array([[1e3, 0, 800], [0, 1e3, 600], [0, 0, 1]])})
-        path = match_path(folder, "0", 0)
-        path.parent.mkdir(parents=True)
-        pose = np.eye(4)
-        pose[0, 3] = 1
-        write_record(path, {"image_path0": "0.jpg", "image_path1": "1.jpg", "pose0": np.eye(4), "pose1": pose,
-                            "matches": np.stack([rng.permutation(n)[:n // 2] for _ in range(2)], axis=1)})
-        scene_path(folder, "0").parent.mkdir()
+        K, poses = np.array([[1e3, 0, 800], [0, 1e3, 600], [0, 0, 1]]), [np.eye(4), np.eye(4)]
+        poses[1][0, 3] = 1
+        for i, pose in enumerate(poses):
+            write_record(keypoint_path(folder, "0", f"{i}.jpg", "sift"), {
+                "image_path": f"{i}.jpg", "depth_path": None, "image_size": np.array([1600, 1200]), "intrinsics": K,
+                "pose": pose, "keypoints": rng.uniform(0, 1600, (n, 2)).astype(np.float32),
+                "scores": rng.uniform(0, 1, n).astype(np.float32),
+                "descriptors": rng.normal(size=(n, 128)).astype(np.float16), "depth": np.ones(n, np.float32)})
+        write_record(match_path(folder, "0", 0), {
+            "image_path0": "0.jpg", "image_path1": "1.jpg", "intrinsics0": K, "intrinsics1": K, "pose0": poses[0],
+            "pose1": poses[1], "matches": np.stack([rng.permutation(n)[:n // 2] for _ in range(2)], axis=1),
+            "overlap": 0.5})
         write_json(scene_path(folder, "0"), {"pairs": 1, "images": 2})
         samples = Samples([DumpSource(folder)], Choice(chosen))
         return 1e3 * median_seconds({"sample": lambda: samples[0]}, 10 * rounds, torch.device("cpu"))["sample"]

@@ -25,7 +25,6 @@ from eval.methods import Method
 from eval.pair_sets import (
     Hdf5PairSet,
     ListPairSet,
-    read_scannet_camera,
     read_scannet_pairs,
     upright_images,
 )
@@ -51,7 +50,9 @@ from tools.config import read_yaml
 from tools.distributed import choose_device
 from tools.features import DESCRIPTOR_DIM, build_extractor
 from tools.files import check_folder, file_hash, write_image
+from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
+from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches
 
@@ -109,22 +110,28 @@ def build_pair_set(args):
         raise InputError("--dataset megadepth1500 needs --pairs, the folder of 0015_0.1_0.3.npz and the like, and "
                          "--image_dir, MegaDepth's root")
     config_path = args.config or f"configs/{args.dataset}_eval_{args.feature_type}.yaml"
-    path, image_dir = args.hdf5, args.image_dir
-    if not (path and image_dir):
-        config = read_yaml(config_path)
+    path, image_dir, config = args.hdf5, args.image_dir, {}
+    if args.config or not (path and image_dir):
+        config = _read_config(config_path)
         for key, value in (("dataset", args.dataset), ("feature_type", args.feature_type)):
             if config.get(key, value) != value:
                 raise InputError(f"{config_path} is for {key} {config[key]}, not {value}")
         path, image_dir = path or config.get("output"), image_dir or config.get("raw_data_dir")
-    if not path or not image_dir:
-        raise InputError(f"{config_path} lacks {'raw_data_dir' if path else 'output'}")
+    if not isinstance(path, str) or not isinstance(image_dir, str):
+        raise InputError(f"{config_path} lacks {'raw_data_dir' if isinstance(path, str) else 'output'}")
     if not Path(path).is_file():
         raise InputError(f"no features at {path}: make them with python3 -m dump.dump --config {config_path}")
-    pair_set = Hdf5PairSet(path, image_dir)
-    if pair_set.descriptor_dim != DESCRIPTOR_DIM[args.feature_type]:
-        raise InputError(f"{path} holds descriptors of {pair_set.descriptor_dim} channels, "
-                         f"{args.feature_type} has {DESCRIPTOR_DIM[args.feature_type]}: check --feature_type")
-    return pair_set
+    limit, max_keypoints = config.get("limit"), config.get("max_keypoints")
+    args.limit, args.max_keypoints = args.limit or limit, max_keypoints or args.max_keypoints
+    return Hdf5PairSet(path, image_dir, DESCRIPTOR_DIM[args.feature_type], max_keypoints)
+
+
+def _read_config(path) -> dict:
+    """A YAML file of dump.dump or of the original: output, raw_data_dir and what else it says."""
+    config = read_yaml(path)
+    if is_eval_config(config):
+        return from_eval_config(config, str(path))
+    return from_dump_config(config, str(path)) if is_dump_config(config) else config
 
 
 def _build_list_set(args) -> ListPairSet:
@@ -233,7 +240,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="also run each network in turns with the pose, until that stays the same")
     parser.add_argument("--use_uncertainty", action="store_true",
                         help="in these turns, let EIMP keep more keypoints where few matches agree with the pose")
-    parser.add_argument("--config", help="YAML file of dump.dump (default: configs/{dataset}_eval_{feature}.yaml)")
+    parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "
+                        "configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")
     parser.add_argument("--image_dir", help="images of the pair list, or of --hdf5")
     parser.add_argument("--depth_dir", help="depth maps of the pair list's images: a/b.h5 or a/b.png for a/b.jpg")

@@ -47,12 +47,9 @@ from eval.matchers import MATCHERS, NETWORKS
 from eval.pose import ESTIMATORS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import DESCRIPTOR_DIM
-from tools.files import check_folder, write_image
+from tools.files import IMAGE_SUFFIXES, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
 from tools.visualize import write_strip
-
-# .heic is what OpenCV cannot read and telephones write: better listed as skipped than left out without a word
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm", ".heic", ".heif"}
 
 
 def match_images(image0, image1, K0=None, K1=None, **settings) -> ImageMatches:

@@ -1,12 +1,16 @@
-"""Sets of image pairs to evaluate on (SPEC 13), read one pair at a time.
+"""Sets of image pairs to evaluate on, read one pair at a time.
 
 A set has a length, `set.name(i)`, `set.image_names()`, and `set[i]`, which returns an EvalPair or raises InputError
-for a pair that cannot be read.
+for a pair that cannot be used.
 """
+import contextlib
 import functools
+import itertools
+import math
+import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import h5py
@@ -15,8 +19,10 @@ import numpy as np
 from tools.cli import InputError
 from tools.correspondences import depth_at
 from tools.features import Features
-from tools.files import read_depth, read_image
+from tools.files import below, hdf5_array, hdf5_item, open_hdf5, read_depth, read_image
 from tools.geometry import (
+    is_camera_matrix,
+    is_rigid,
     make_pose,
     relative_pose,
     resize_keypoints,
@@ -25,6 +31,7 @@ from tools.geometry import (
     turn_pose,
 )
 from tools.pair_list import Pair, read_pair_list
+from tools.scannet import packed_name
 
 # both views of a pair, and room for pairs that share an image; 2000 keypoints of 256 channels take 2 MB
 CACHED_IMAGES = 128
@@ -37,7 +44,7 @@ class EvalPair:
 
     index: place in the set. K0, K1: (3, 3) for the upright images, OpenCV's pixel convention, or None; T_0to1: (4, 4)
     or None. depth0/1: (N,) at the keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image
-    upright.
+    upright. InputError if a value cannot be right: whoever makes a pair need not check it.
     """
 
     index: int
@@ -53,6 +60,26 @@ class EvalPair:
     turns0: int = 0
     turns1: int = 0
 
+    def __post_init__(self):
+        for view, found, K, depth in (("0", self.features0, self.K0, self.depth0),
+                                      ("1", self.features1, self.K1, self.depth1)):
+            n = len(found.keypoints)
+            for name, values, shape in (
+                    ("keypoints", found.keypoints, (n, 2)), ("scores", found.scores, (n,)),
+                    ("descriptors", found.descriptors, (n, *self.features0.descriptors.shape[1:2])),
+                    ("depth", np.zeros(n) if depth is None else depth, (n,))):
+                if values.shape != shape or not np.isfinite(values).all():
+                    wrong = f"of shape {values.shape}, not {shape}" if values.shape != shape else "not finite"
+                    raise InputError(f"{name}{view}: {wrong}")
+            if not all(0 < side < 2 ** 31 for side in found.image_size):
+                raise InputError(f"image_size{view} is {found.image_size}")
+            if depth is not None and n and depth.min() < 0:
+                raise InputError(f"depth{view} is negative")
+            if K is not None and not is_camera_matrix(K):
+                raise InputError(f"K{view} is not a camera matrix")
+        if self.T_0to1 is not None and not is_rigid(self.T_0to1):
+            raise InputError("the pose is not a rotation and a translation")
+
 
 def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
     """Both images of a pair, (H, W, 3) BGR, turned as its keypoints are; InputError if one cannot be read."""
@@ -64,33 +91,37 @@ def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
 class Hdf5PairSet:
     """The file of features and pairs that the evaluation dump writes; files of that format made elsewhere read too.
 
-    path: the HDF5 file; image_dir: what the image paths in it are relative to.
+    path: the HDF5 file; image_dir: what the image paths in it are relative to. descriptor_dim: channels of descriptors;
+    None: as the first pair has. max_keypoints: of an image, the first ones, None: all.
     """
 
-    def __init__(self, path, image_dir):
-        self.path, self.image_dir = Path(path), Path(image_dir)
-        try:
-            self.file = h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error}") from None
-        missing = [group for group in HDF5_GROUPS if group not in self.file]
-        if missing:
-            raise InputError(f"{path} is no evaluation dump: it lacks the group {missing[0]}; make it with dump.dump")
-        try:
-            self.indices = sorted(int(key) for key in self.file["kpt1"])
-        except ValueError:
-            raise InputError(f"{path} is no evaluation dump: the names in its groups are not pair indices") from None
-        if not self.indices:
-            raise InputError(f"{path} holds no pairs; delete it and run dump.dump again")
+    def __init__(self, path, image_dir, descriptor_dim: int | None = None, max_keypoints: int | None = None):
+        self.path, self.image_dir, self.max_keypoints = Path(path), Path(image_dir), max_keypoints
+        with open_hdf5(path) as file:
+            missing = [group for group in HDF5_GROUPS if not isinstance(hdf5_item(file, group), h5py.Group)]
+            if missing:
+                raise InputError(f"{path} is no evaluation dump: it lacks the group {missing[0]}; make it with "
+                                 "dump.dump")
+            names = list(file["kpt1"])
+            if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", name) for name in names):
+                raise InputError(f"{path} is no evaluation dump: the names in its groups are not pair indices")
+            self.indices = sorted(map(int, names))
+            if not self.indices:
+                raise InputError(f"{path} holds no pairs; delete it and run dump.dump again")
+            dims = self._descriptor_dims(file)
+            first = next(dims, None)
+            if first is None:
+                raise InputError(f"{path} holds no descriptors; delete it and run dump.dump again")
+            self.descriptor_dim = descriptor_dim or first
+            if self.descriptor_dim != first and self.descriptor_dim not in dims:
+                raise InputError(f"{path} holds descriptors of {first} channels, not {descriptor_dim}: check "
+                                 "--feature_type")
 
-    @property
-    def descriptor_dim(self) -> int:
-        """Channels of the descriptors in the file; InputError if there are none."""
-        shapes = (self.file[f"desc1/{index}"].shape for index in self.indices if f"desc1/{index}" in self.file)
-        dim = next((shape[1] for shape in shapes if len(shape) == 2), None)
-        if dim is None:
-            raise InputError(f"{self.path} holds no descriptors; delete it and run dump.dump again")
-        return dim
+    def _descriptor_dims(self, file):
+        for index in self.indices:
+            with contextlib.suppress(Exception):  # __getitem__ says what is wrong with a pair
+                _, dim = hdf5_item(file, f"desc1/{index}").shape
+                yield dim
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -100,38 +131,45 @@ class Hdf5PairSet:
         return f"pair {self.indices[i]}"
 
     def image_names(self) -> set[str]:
-        """Paths of all images, relative to the image folder."""
-        return {_text(dataset[()]) for view in "12" for dataset in self.file[f"img_path{view}"].values()}
+        """Paths of all images, relative to the image folder, as far as they can be read."""
+        names = set()
+        with open_hdf5(self.path) as file:
+            for group, index in itertools.product((file["img_path1"], file["img_path2"]), self.indices):
+                with contextlib.suppress(Exception):
+                    names.add(_text(group, str(index)))
+        return names
 
     def __getitem__(self, i: int) -> EvalPair:
         index = self.indices[i]
         try:
-            names = tuple(_text(self.file[f"img_path{view}/{index}"][()]) for view in "12")
-            K0, K1 = (np.asarray(self.file[f"K{view}/{index}"], np.float64).reshape(3, 3) for view in "12")
-            R, t = self.file[f"R/{index}"][()], self.file[f"T/{index}"][()]
-            T_0to1 = make_pose(np.asarray(R, np.float64).reshape(3, 3), np.asarray(t, np.float64).reshape(3))
-            features = [self._features(index, view, name) for view, name in zip("12", names)]
-            depths = [self._depth(index, view, len(found.scores)) for view, found in zip("12", features)]
-        except (KeyError, ValueError, OSError) as error:
-            raise InputError(f"pair {index} of {self.path} is damaged: {error}") from None
-        paths = tuple(self.image_dir / name for name in names)
-        return EvalPair(i, names, paths, *features, K0, K1, T_0to1, *depths)
+            # opened for each pair: so whatever the file does is the fault of this pair alone
+            with open_hdf5(self.path) as file:
+                names = tuple(_text(file, f"img_path{view}/{index}") for view in "12")
+                paths = tuple(below(self.image_dir, name) for name in names)
+                K0, K1 = (_numbers(file, f"K{view}/{index}", (3, 3)) for view in "12")
+                T_0to1 = make_pose(_numbers(file, f"R/{index}", (3, 3)), _numbers(file, f"T/{index}", (3,)))
+                features = [self._features(file, index, view, path) for view, path in zip("12", paths)]
+                depths = [self._depth(file, index, view) for view in "12"]
+            return EvalPair(i, names, paths, *features, K0, K1, T_0to1, *depths)
+        except InputError as error:
+            raise InputError(f"pair {index} of {self.path} cannot be used: {error}") from None
 
-    def _features(self, index: int, view: str, name: str) -> Features:
-        keypoints = self.file[f"kpt{view}/{index}"][()].astype(np.float32)
-        descriptors = self.file[f"desc{view}/{index}"][()].astype(np.float32)
-        if keypoints.ndim != 2 or keypoints.shape[1] != 3 or len(keypoints) != len(descriptors):
-            raise ValueError(f"kpt{view} of shape {keypoints.shape} with desc{view} of shape {descriptors.shape}")
-        size = self.file.get(f"size{view}/{index}")
-        if size is None:
-            height, width = read_image(self.image_dir / name).shape
+    def _features(self, file, index: int, view: str, image_path: Path) -> Features:
+        keypoints = hdf5_array(file, f"kpt{view}/{index}", (None, 3))
+        descriptors = hdf5_array(file, f"desc{view}/{index}", (len(keypoints), self.descriptor_dim))
+        if hdf5_item(file, f"size{view}/{index}") is None:
+            height, width = read_image(image_path).shape
         else:
-            width, height = (int(side) for side in np.ravel(size[()]))
+            sides = _numbers(file, f"size{view}/{index}", (2,))
+            width, height = (int(side) if np.isfinite(side) else 0 for side in sides)
+        keypoints, descriptors = _float32(keypoints[:self.max_keypoints]), _float32(descriptors[:self.max_keypoints])
         return Features(keypoints[:, :2].copy(), keypoints[:, 2].copy(), descriptors, (width, height))
 
-    def _depth(self, index: int, view: str, n_keypoints: int) -> np.ndarray | None:
-        depth = self.file.get(f"depth{view}/{index}")
-        return None if depth is None else depth[()].astype(np.float32).reshape(n_keypoints)
+    def _depth(self, file, index: int, view: str) -> np.ndarray | None:
+        name = f"depth{view}/{index}"
+        if hdf5_item(file, name) is None:
+            return None
+        return _float32(hdf5_array(file, name, (None,)))[:self.max_keypoints]
 
 
 class ListPairSet:
@@ -213,29 +251,9 @@ class ListPairSet:
 
 
 def read_scannet_pairs(path) -> list[Pair]:
-    """Pairs of a list by the names that they have in SGMNet's packaging (SPEC 13); cameras are not read.
-
-    `scans_test/scene0707_00/sens/frame-000015.color.jpg` is `scene0707_00/img/15.jpg` there.
-    """
-    def name_in_folder(name):
-        original = re.fullmatch(r"(?:.*/)?(scene\d+_\d+)/sens/frame-(\d+)\.color\.jpg", name)
-        return f"{original[1]}/img/{int(original[2])}.jpg" if original else name
-
-    return [Pair(name_in_folder(pair.image0), name_in_folder(pair.image1), pair.rot0, pair.rot1)
+    """Pairs of a list by the names that they have in SGMNet's packaging (tools.scannet); cameras are not read."""
+    return [Pair(packed_name(pair.image0), packed_name(pair.image1), pair.rot0, pair.rot1)
             for pair in read_pair_list(path)]
-
-
-def read_scannet_camera(root, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """K (3, 3) and world-to-camera pose (4, 4) of the image root/<scene>/img/<N>.jpg; InputError if unusable."""
-    scene, number = PurePosixPath(name).parent.parent, PurePosixPath(name).stem
-    intrinsic, extrinsic = (Path(root, scene, folder, f"{number}.txt") for folder in ("intrinsic", "extrinsic"))
-    try:
-        K, pose = np.loadtxt(intrinsic)[:3, :3].reshape(3, 3), np.linalg.inv(np.loadtxt(extrinsic).reshape(4, 4))
-    except (OSError, ValueError, IndexError, np.linalg.LinAlgError) as error:
-        raise InputError(f"no camera for {name} in {intrinsic} and {extrinsic}: {error}") from None
-    if not (np.isfinite(K).all() and np.isfinite(pose).all() and K[0, 0] > 0 and K[1, 1] > 0):
-        raise InputError(f"camera of {name} not usable: {intrinsic}, {extrinsic}")
-    return K, pose
 
 
 def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:
@@ -248,7 +266,22 @@ def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
-def _text(value) -> str:
-    """A string as any writer of HDF5 stores it: bytes or str, alone or as the only element of an array."""
-    value = np.asarray(value).ravel()[0]
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(file, name: str) -> str:
+    """A string as any writer of HDF5 stores it: alone or as the only element of an array."""
+    value = np.asarray(hdf5_array(file, name, kind="SO")).ravel()
+    if len(value) != 1 or not isinstance(value[0], bytes):
+        raise InputError(f"{name} is not one string")
+    return os.fsdecode(value[0])
+
+
+def _numbers(file, name: str, shape: tuple) -> np.ndarray:
+    """Dataset `name` as float64 of `shape`, which it may hold in another one."""
+    values = np.asarray(hdf5_array(file, name), np.float64)
+    if values.size != math.prod(shape):
+        raise InputError(f"{name} has shape {values.shape}, not {shape}")
+    return values.reshape(shape)
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # inf is refused later
+        return values.astype(np.float32, copy=False)

@@ -248,16 +248,24 @@ def test_default_weights(tmp_path, monkeypatch):
 
 def test_our_own_weights_stand_in_for_published_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
-    (tmp_path / "eimp_sift_open.pth").touch()
-    assert default_weights("EIMP", "sift", "yfcc") == tmp_path / "eimp_sift_open.pth"
-    error = capsys.readouterr().err
-    assert "weights/eimp_sift.pth" in error and "weights/eimp_sift_open.pth" in error and error.count("\n") == 1
-    for method, feature_type in (("IMP", "sift"), ("EIMP", "spp"), ("EIMP_geo", "sift")):
+    (tmp_path / "imp_sift_open.pth").touch()
+    for method in ("IMP", "EIMP"):
+        assert default_weights(method, "sift", "yfcc") == tmp_path / "imp_sift_open.pth"
+        error = capsys.readouterr().err
+        assert f"weights/{method.lower()}_sift.pth" in error and "weights/imp_sift_open.pth" in error
+        assert error.count("\n") == 1
+    for method, feature_type in (("GM", "sift"), ("EIMP", "spp"), ("EIMP_geo", "sift")):
         with pytest.raises(InputError):
             default_weights(method, feature_type)
     (tmp_path / "eimp_sift.pth").touch()
     assert default_weights("EIMP", "sift", "yfcc") == tmp_path / "eimp_sift.pth"
     assert capsys.readouterr().err == ""
+
+
+def test_the_file_that_shipped_for_eimp_is_that_of_imp(capsys):
+    old, new = (load_checkpoint(checkpoint.WEIGHTS / f"{name}_sift_open.pth")["model"] for name in ("eimp", "imp"))
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    assert "IMP and EIMP have the same parameters" in capsys.readouterr().err
 
 
 def test_the_demo_is_offered_where_it_was_made(tmp_path, monkeypatch):

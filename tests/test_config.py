@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tools.cli import InputError
-from tools.config import load_config, parse_overrides
+from tools.config import load_config, parse_overrides, read_config
 from training.config import DEFAULTS, load_train_config
 
 SIMPLE = {"lr": 1e-4, "layers": 15, "with_sinkhorn": True, "gpu": [], "weight_path": None, "network": "imp"}
@@ -47,7 +47,56 @@ def test_mistakes_in_the_file_are_named(tmp_path, content, message):
         load(tmp_path, content)
 
 
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{one}: &{one} [{', '.join(['*' + other] * 8)}]\n" for other, one in zip("abcdefgh", "bcdefghi"))
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{one}: &{one} {{<<: [{', '.join(['*' + other] * 9)}]}}\n" for other, one in zip("abcdefghi", "bcdefghij"))
+
+
+@pytest.mark.parametrize("suffix, content, message", [
+    ("json", '{"lr": 1, "layers": 9, "lr": 2}', "key 'lr' is there twice"),
+    ("yaml", "lr: 1\nlayers: 9\nlr: 2\n", "key 'lr' is there twice.*line 3"),
+    ("yaml", "extractor: {a: 1, a: 1}", "key 'a' is there twice"),
+    ("yaml", "lr: " + "[" * 5000, "not valid YAML: maximum recursion"),
+    ("json", '{"lr": ' + "[" * 5000, "not valid JSON"),
+    ("yaml", "layers: " + "9" * 5000, "not valid YAML"),
+    ("json", '{"layers": ' + "9" * 5000 + "}", "not valid JSON"),
+    ("yaml", "layers: 0x" + "f" * 5000, "a number of 20000 bits"),
+    ("yaml", "lr: .nan", "lr nan: expected a finite number"),
+    ("yaml", "lr: -.inf", "lr -inf: expected a finite number"),
+    ("json", '{"lr": Infinity}', "lr inf: expected a finite number"),
+    ("yaml", LAUGHS, "holds too much"),
+    ("yaml", "lr: &a [*a]", "holds too much"),
+    ("yaml", MERGES, "unknown key 'a'"),
+    ("yaml", "lr: &a [1]\nlayers: [*a, *a, {x: *a}]", "lr should be a number, not \\[1\\]"),
+    ("yaml", "5: 6", "key 5 is no text"),
+    ("yaml", f"layers: [{', '.join(['x' * 99] * 99)}]", "layers should be a whole number, not .{0,500}$"),
+])
+def test_what_nobody_writes_in_a_configuration_is_one_short_line(tmp_path, suffix, content, message):
+    path = tmp_path / f"config.{suffix}"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as raised:
+        load_config(path, SIMPLE, [])
+    assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 700
+
+
+def test_aliases_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "config.yml"
+    path.write_text("base: &b {lr: 1, layers: 9}\nmine: {<<: *b, layers: 7, weight_path: ~/a.pth}\nother: ~\n")
+    content = read_config(path)
+    assert content == {"base": {"lr": 1, "layers": 9}, "mine": {"lr": 1, "layers": 7, "weight_path": "/home/me/a.pth"},
+                       "other": None}
+    online = {"online_sources": [{"path": "~/photos"}], "online": 1, "base_path": "~/dump"}
+    (tmp_path / "config.json").write_text(json.dumps(online))
+    config = load_train_config(tmp_path / "config.json", [])
+    assert (config["online_sources"], config["base_path"]) == ([{"path": "/home/me/photos"}], "/home/me/dump")
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--lr", "[" * 5000], "lr should be a number, not '\\[\\["),
+    (["--lr", "9" * 5000], "expected a finite number"),
+    (["--lr", "NaN"], "expected a finite number"),
     (["--batchsize", "8"], "unknown key"),
     (["--layers", "many"], "layers should be a whole number"),
     (["--network", "null"], "network should be a text"),

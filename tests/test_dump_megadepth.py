@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -882,6 +883,37 @@ def test_load_dump(finished, out, tmp_path):
         load_dump(out)
 
 
+@pytest.mark.parametrize("file, change, words", [
+    ("dump.json", [], "it holds no JSON object"),
+    ("dump.json", {"settings": 5}, "its settings is 5"),
+    ("dump.json", {"settings": {"descriptor_dtype": "float16"}}, "its min_keypoints is None"),
+    ("dump.json", {"settings": {"min_keypoints": "many"}}, "its min_keypoints is many"),
+    ("dump.json", {"feature_type": ["sift"]}, r"its feature_type is \['sift'\]"),
+    ("scenes/0000.json", {"pairs": -1}, "its pairs is -1"),
+    ("scenes/0000.json", {"pairs": 10 ** 12}, "its pairs is 1000000000000"),
+    ("scenes/0000.json", {"images": None}, "its images is None"),
+    ("scenes/0000.json", {"bytes": 1.5}, "its bytes is 1.5"),
+    ("scenes/0000.json", {"rejected": {"few": []}}, "its rejected is"),
+    ("scenes/0000.json", {"skipped": [["a"]]}, "its skipped is"),
+])
+def test_what_a_dump_says_of_itself_is_checked(pristine, out, capsys, file, change, words):
+    content = json.loads((out / file).read_text())
+    (out / file).write_text(json.dumps({**content, **change} if change else change))
+    with pytest.raises(InputError, match=rf"{file} is damaged: {words}"):
+        load_dump(out)
+    assert verify(out) == dump(pristine, out) == (2 if file == "dump.json" else 1)
+    errors = capsys.readouterr().err
+    assert errors.count("is damaged") == 2 or "was made with" in errors
+    assert "unexpected" not in errors and "Error" not in errors
+
+
+def test_what_early_dumps_did_not_count_is_none(pristine, finished, out):
+    path = out / "scenes" / "0000.json"
+    path.write_text(json.dumps({name: json.loads(path.read_text())[name] for name in ("pairs", "images")}))
+    assert dump(pristine, out) == 0
+    assert load_dump(out)["scenes"] == load_dump(finished)["scenes"]
+
+
 def verify(out):
     return run(main, ["--verify", "--save_path", str(out)])
 
@@ -918,20 +950,21 @@ def scalars(path):
     write_record(path, dict.fromkeys(read_record(path), 1))
 
 
-def not_finite(path):
+def not_finite(path, name="pose"):
     record = read_record(path)
-    write_record(path, {**record, "pose": record["pose"] * np.nan})
+    write_record(path, {**record, name: record[name] * np.nan})
 
 
 @pytest.mark.parametrize("file, spoil, words", [
     ("keypoints/0000/1.jpg_sift.npy", truncate, "not a whole record"),
     ("keypoints/0000/1.jpg_sift.npy", Path.unlink, "3 keypoint records, 4 expected"),
-    ("keypoints/0000/1.jpg_sift.npy", shorter, "scores is"),
+    ("keypoints/0000/1.jpg_sift.npy", shorter, "its scores are ("),
     ("keypoints/0000/1.jpg_sift.npy", scalars, "1.jpg_sift.npy: "),
     ("keypoints/0000/1.jpg_sift.npy", not_finite, "pose has values that are not finite"),
+    ("keypoints/0000/1.jpg_sift.npy", functools.partial(not_finite, name="descriptors"), "descriptors has values"),
     ("matches/0000/2.npy", truncate, "not a whole record"),
-    ("matches/0000/2.npy", Path.unlink, "cannot read record"),
-    ("matches/0000/2.npy", out_of_range, "out of the range of"),
+    ("matches/0000/2.npy", Path.unlink, "record not found"),
+    ("matches/0000/2.npy", out_of_range, "name keypoints that view 1, of "),
     ("matches/0000/2.npy", twice, "matched twice"),
     ("matches/0000/77.npy", Path.touch, "does not belong"),
     ("scenes/0000.json", Path.unlink, "scene 0000: not complete"),

@@ -7,7 +7,9 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
+from eval.match_images import find_images
 from tools.cli import InputError, OutputError, reason, run
 from tools.files import (
     atomic_path,
@@ -170,6 +172,20 @@ def test_every_bit_depth_is_read_as_8_bit(dtype, suffix, tmp_path):
         image = read_image(tmp_path / f"ramp{suffix}", color)
         assert image.dtype == np.uint8 and image.shape == ((64, 48, 3) if color else (64, 48))
         np.testing.assert_allclose(image.reshape(64, -1).mean(axis=1), 255 * ramp[:, 0, 0], atol=3)
+
+
+def test_every_format_that_opencv_reads_is_found_and_read(tmp_path):
+    ramp = np.tile(np.linspace(40, 215, 64)[:, None, None], (1, 64, 3)).astype(np.uint8)
+    for suffix in {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".bmp", ".dib", ".webp", ".avif", ".jp2", ".ppm", ".pnm",
+                   ".pam", ".ras", ".sr"}:
+        assert cv2.imwrite(str(tmp_path / f"ramp{suffix}"), ramp)
+        read = read_image(tmp_path / f"ramp{suffix}", color=True)
+        assert np.abs(read.astype(int) - ramp).mean() < 3, suffix
+    Image.fromarray(ramp).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(ramp[:, :, 0]).save(tmp_path / "ramp.gif")
+    for name in ("cmyk.jpg", "ramp.gif"):
+        assert np.abs(read_image(tmp_path / name).astype(int) - ramp[:, :, 0]).mean() < 10
+    assert len(find_images(tmp_path)) == 17
 
 
 def test_hdf5_reads_nothing_outside_the_file_and_believes_no_header(tmp_path):

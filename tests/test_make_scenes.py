@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dump import make_scenes as program
-from dump.make_scenes import build_world, choose_pairs, main, make_scenes
-from dump.render import Atlas, Rectangle, Rectangles, look_at, render, sunlight
-from dump.textures import KINDS, make_texture
+from dump.make_scenes import choose_pairs, main, make_scenes
+from dump.scenes.render import Atlas, Rectangle, Rectangles, look_at, render, sunlight
+from dump.scenes.textures import KINDS, make_texture
+from dump.scenes.world import build_world
 from tools.cli import run
 from tools.files import read_depth, read_image, read_lines
 from tools.geometry import colmap_to_opencv_K, lift, make_pose, project

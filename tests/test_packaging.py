@@ -8,6 +8,8 @@ import pytest
 import imp_matching
 from tools import checkpoint
 from tools.config import find_config
+from tools.files import read_lines
+from tools.pair_list import read_pair_list
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,9 +29,23 @@ def test_files_that_ship_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/config_train_demo.json").is_file()
     assert find_config("/nowhere/config_train_demo.json") == Path("/nowhere/config_train_demo.json")
+    assert read_lines("assets/megadepth_val.txt") == read_lines(ROOT / "assets" / "megadepth_val.txt")
+    assert [pair.image0 for pair in read_pair_list("overview_pair.txt")]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("a: 1")
+    (tmp_path / "configs" / "config_train_demo.json").write_text("{}")
+    assert find_config("mine.yaml") == Path("configs/mine.yaml")
+    assert find_config("config_train_demo.json") == Path("configs/config_train_demo.json")
+    assert find_config("elsewhere/mine.yaml") == Path("elsewhere/mine.yaml")
     (tmp_path / "config_train_demo.json").write_text("{}")
     assert find_config("config_train_demo.json") == Path("config_train_demo.json")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "imp_sift.pth").write_bytes(b"")
     monkeypatch.setenv("IMP_WEIGHTS", str(tmp_path / "mine"))
     assert checkpoint.default_weights("IMP", "sift") == tmp_path / "mine" / "imp_sift.pth"
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "imp_sift.pth").write_bytes(b"")
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path / "tools" / "weights")  # as where we are installed
+    assert checkpoint.find_weights("imp_sift.pth") == tmp_path / "mine" / "imp_sift.pth"
+    monkeypatch.delenv("IMP_WEIGHTS")
+    assert checkpoint.find_weights("imp_sift.pth") == Path("weights/imp_sift.pth")

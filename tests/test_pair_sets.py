@@ -10,13 +10,7 @@ from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_s
 from eval import eval_imp
 from eval.matchers import MATCHERS, MatcherSettings
 from eval.methods import Method
-from eval.pair_sets import (
-    Hdf5PairSet,
-    ListPairSet,
-    read_scannet_camera,
-    read_scannet_pairs,
-    upright_images,
-)
+from eval.pair_sets import Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import true_correspondences
 from eval.run import PoseSetting, evaluate
 from tools.cli import InputError, run
@@ -24,6 +18,7 @@ from tools.features import Sift
 from tools.files import read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K, relative_pose
 from tools.pair_list import Pair, read_pair_list
+from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 
 LISTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "lists"
@@ -280,3 +275,80 @@ def test_damaged_hdf5_files_are_named(scene, tmp_path, capsys):
     assert "desc2" in capsys.readouterr().err
     path.write_bytes(b"no hdf5")
     assert run(eval_imp.main, command) == 2
+
+
+@pytest.fixture(scope="module")
+def two_pairs(scene, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hdf5") / "pairs.hdf5"
+    write_hdf5(path, ListPairSet([make_pair(0, 1), make_pair(1, 2)], scene / "images", Sift(60, 1e-5),
+                                 depth_dir=scene / "depths"))
+    return path
+
+
+def with_value(index, value):
+    def change(values):
+        values[index] = value
+        return values
+    return change
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("kpt1", with_value((3, 0), np.nan), "keypoints0: not finite"),
+    ("kpt2", with_value((3, 2), np.inf), "scores1: not finite"),
+    ("kpt2", lambda values: values.astype(np.float64) * 1e60, "keypoints1: not finite"),
+    ("kpt1", lambda values: values[:, :2], "kpt1/1 of .* has shape"),
+    ("desc2", with_value((0, 5), np.nan), "descriptors1: not finite"),
+    ("desc1", lambda values: values[:, :64], r"has shape \(60, 64\), not \(60, 128\)"),
+    ("desc1", lambda values: values[:-1], "desc1/1 of .* has shape"),
+    ("K1", np.zeros_like, "K0 is not a camera matrix"),
+    ("K2", lambda values: np.array([[2.0, 2, 0], [2, 2, 0], [0, 0, 1]]), "K1 is not a camera matrix"),
+    ("K2", lambda values: np.eye(2), r"K2/1 has shape \(2, 2\)"),
+    ("K2", lambda values: np.full((3, 3), b"1"), "is of type"),
+    ("R", np.zeros_like, "the pose is not a rotation"),
+    ("R", with_value((0, 0), np.nan), "the pose is not a rotation"),
+    ("R", lambda values: -values, "the pose is not a rotation"),
+    ("T", with_value(0, np.inf), "the pose is not a rotation"),
+    ("size1", np.zeros_like, r"image_size0 is \(0, 0\)"),
+    ("size2", lambda values: np.array([np.nan, 300]), r"image_size1 is \(0, 300\)"),
+    ("depth1", lambda values: values[:-1], "depth0: of shape"),
+    ("depth2", with_value(2, -1), "depth1 is negative"),
+    ("img_path1", lambda value: b"../images/a.png", "must lie below"),
+    ("img_path2", lambda value: [b"a", b"b"], "img_path2/1 is not one string"),
+    ("kpt1", lambda values: h5py.ExternalLink("other.hdf5", "/kpt1/0"), "a link to elsewhere"),
+    ("desc2", None, "desc2/1 of .* is missing"),
+])
+def test_a_pair_that_cannot_be_right_is_refused_alone(scene, two_pairs, tmp_path, name, change, said):
+    path = tmp_path / "pairs.hdf5"
+    path.write_bytes(two_pairs.read_bytes())
+    with h5py.File(path, "a") as file:
+        values = file[name]["1"][()]
+        del file[name]["1"]
+        if change is not None:
+            file[name]["1"] = change(values)
+    pair_set = Hdf5PairSet(path, scene / "images", 128)
+    with pytest.raises(InputError, match=f"^pair 1 of .*pairs.hdf5 cannot be used: .*{said}"):
+        pair_set[1]
+    assert len(pair_set[0].features0.scores) == 60 and NAMES[0] in pair_set.image_names()
+
+
+def test_the_first_keypoints_only(scene, two_pairs):
+    whole, part = (Hdf5PairSet(two_pairs, scene / "images", max_keypoints=n)[0] for n in (None, 20))
+    np.testing.assert_array_equal(part.features1.keypoints, whole.features1.keypoints[:20])
+    np.testing.assert_array_equal(part.features0.descriptors, whole.features0.descriptors[:20])
+    np.testing.assert_array_equal(part.depth0, whole.depth0[:20])
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda file: file.move("kpt1/1", "kpt1/first"), "are not pair indices"),
+    (lambda file: file.move("kpt1/1", "kpt1/01"), "are not pair indices"),
+    (lambda file: [file.move("T", "S"), file.__setitem__("T", h5py.ExternalLink("x", "/T"))], "a link to elsewhere"),
+    (lambda file: [file.move("T", "S"), file.__setitem__("T", 5)], "lacks the group T"),
+    (lambda file: [file["kpt1"].pop(name) for name in "01"], "holds no pairs"),
+])
+def test_a_bad_file_is_one_line(scene, two_pairs, tmp_path, spoil, said):
+    path = tmp_path / "pairs.hdf5"
+    path.write_bytes(two_pairs.read_bytes())
+    with h5py.File(path, "a") as file:
+        spoil(file)
+    with pytest.raises(InputError, match=f"pairs.hdf5.*{said}"):
+        Hdf5PairSet(path, scene / "images")

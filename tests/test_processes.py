@@ -1,7 +1,11 @@
 """tools.processes: worker processes leave Ctrl-C to their parent, from their first moment on."""
+import signal
 import subprocess
 import sys
+from multiprocessing import resource_tracker
 from pathlib import Path
+
+from tools import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,3 +30,14 @@ def test_ctrl_c_while_workers_start_does_not_reach_them(tmp_path):
     done = subprocess.run([sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, start_new_session=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+
+
+def test_a_system_without_signal_masks(monkeypatch):
+    """Windows."""
+    monkeypatch.setattr(processes, "_HAS_MASKS", False)
+    for name in ("pthread_sigmask", "SIG_BLOCK", "SIG_SETMASK"):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(resource_tracker, "_HAVE_SIGMASK", False)
+    monkeypatch.delattr(resource_tracker, "ensure_running")
+    with processes.WorkerPool(1) as pool:
+        assert pool.submit(abs, -1).result() == 1

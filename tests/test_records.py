@@ -1,11 +1,12 @@
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from tools.cli import InputError
 from tools.files import atomic_path, read_depth, read_image, write_depth, write_image
-from tools.records import read_record, write_record
+from tools.records import Field, read_record, write_record
 
 RECORD = {
     "image_path": "Undistorted_SfM/0000/images/größe.jpg", "depth_path": None, "image_size": np.array([640, 480]),
@@ -65,6 +66,55 @@ def test_missing_record_and_other_arrays(tmp_path):
     np.save(tmp_path / "plain.npy", np.zeros(3))
     with pytest.raises(InputError, match="no named fields"):
         read_record(tmp_path / "plain.npy")
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "r.npy")
+    with pytest.raises(InputError, match="pipe, not a record"):
+        read_record(tmp_path / "r.npy")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_what_a_header_claims_is_checked_before_memory_is_taken(tmp_path, mmap):
+    dtype = np.dtype([("keypoints", "f4", (2 ** 27, 2))])
+    header = {"descr": dtype.descr, "fortran_order": False, "shape": ()}
+    with open(tmp_path / "r.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(1000))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="ends too soon"):
+        read_record(tmp_path / "r.npy", mmap=mmap)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 ** 6
+
+
+FIELDS = {"keypoints": Field("f", ("N", 2)), "descriptors": Field("f", ("N", "D")), "overlap": Field("f"),
+          "more": Field("i", ("N",), optional=True)}
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_fields_are_checked_and_no_others_returned(tmp_path, mmap):
+    write_record(tmp_path / "r.npy", RECORD)
+    record = read_record(tmp_path / "r.npy", FIELDS, mmap, D=128)
+    assert list(record) == ["keypoints", "descriptors", "overlap"] and record["descriptors"].shape == (7, 128)
+    for more, lengths, said in (({}, {"D": 64}, r"descriptors are \(7, 128\), not \(7, 64\)"),
+                                ({}, {"N": 8}, r"keypoints are \(7, 2\), not \(8, 2\)"),
+                                ({"more": np.arange(6)}, {}, r"more are \(6,\), not \(7,\)"),
+                                ({"overlap": "half"}, {}, "overlap is of type <U4")):
+        write_record(tmp_path / "r.npy", {**RECORD, **more})
+        with pytest.raises(InputError, match=r"r\.npy is damaged: its " + said):
+            read_record(tmp_path / "r.npy", FIELDS, mmap, **lengths)
+
+
+def test_an_older_record_is_read(tmp_path):
+    """Written by NumPy itself, not aligned, its fields in another order, with one that is not known."""
+    write_record(tmp_path / "new.npy", RECORD)
+    arrays = {name: np.asarray(value) for name, value in reversed(read_record(tmp_path / "new.npy").items())}
+    dtype = np.dtype([(name, array.dtype, array.shape) for name, array in arrays.items()])
+    np.save(tmp_path / "old.npy", np.array(tuple(arrays.values()), dtype))
+    old = read_record(tmp_path / "old.npy", FIELDS)
+    assert all(np.array_equal(old[name], RECORD[name]) for name in ("keypoints", "descriptors", "overlap"))
 
 
 def test_records_with_pickles_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
+from tools.cli import InputError
 from tools.distributed import launch
 from tools.records import read_record, write_record
 from training.config import DEFAULTS
@@ -35,6 +36,25 @@ def test_processes_on_the_cpu_share_its_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     for n in (2, 3):
         assert launch(count_threads, [-1] * n) <= max(1, cores // n)
+
+
+def fail_in_one(job, error):
+    def wait():  # under NCCL, for processes that never come
+        raise AssertionError("destroyed the process group after an error")
+
+    torch.distributed.destroy_process_group = wait
+    if job.rank == 1:
+        raise error
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("error", [InputError("a mistake"), KeyError("a bug")])
+def test_an_error_in_one_process_ends_the_job_with_it(error):
+    with pytest.raises(type(error)) as raised:
+        launch(fail_in_one, [-1, -1], error)
+    assert str(raised.value) == str(error)
+    if isinstance(error, KeyError):  # --debug shows where
+        assert "in fail_in_one" in raised.value.__notes__[0]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
 and what else is needed to go on.
 """
+import functools
 import os
 import pickle
 import re
@@ -43,7 +44,8 @@ def load_checkpoint(path, device="cpu") -> dict:
     taken off. Numbers and arrays of NumPy beside it are read. InputError if the file is missing, damaged, no
     checkpoint, or would run code.
     """
-    if not Path(path).is_file():
+    path = _renamed(Path(path))
+    if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
         _check_zip(path)
@@ -75,6 +77,16 @@ def load_checkpoint(path, device="cpu") -> dict:
     while len(first := {key.partition(".")[0] for key in state}) == 1 and not first & state.keys():
         state = {key.partition(".")[2]: value for key, value in state.items()}
     return {**content, "model": state}
+
+
+@functools.cache  # said once
+def _renamed(path: Path) -> Path:
+    """Earlier, our weights came a second time, for EIMP."""
+    same = path.with_name("imp_sift_open.pth")
+    if path.name != "eimp_sift_open.pth" or path.is_file() or not same.is_file():
+        return path
+    print(f"{path}: IMP and EIMP have the same parameters, taking {same}", file=sys.stderr)
+    return same
 
 
 def _check_zip(path) -> None:
@@ -183,10 +195,11 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
 
 
 def default_weights(method: str, feature_type: str, dataset: str | None = None) -> Path:
-    """The weights to take for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM): published ones (SPEC 13), or else our own.
+    """The weights to take for a method (IMP, EIMP, IMP_geo, EIMP_geo, GM): published ones, or else our own.
 
     dataset: yfcc or scannet; None, or another, where the published files are for one of these: there is no default.
-    Our own, `{method}_{feature}_open.pth`, are taken with a line that says so. InputError says what to put where.
+    Our own, `imp_{feature}_open.pth` for IMP and EIMP, whose parameters are the same, are taken with a line that says
+    so. InputError says what to put where.
     """
     name = f"{method.lower()}_{feature_type}"
     if method.lower().endswith("_geo") and feature_type == "spp":
@@ -194,7 +207,7 @@ def default_weights(method: str, feature_type: str, dataset: str | None = None) 
             raise InputError(f"there are two files of weights for {method} with spp: name weights/{name}_yfcc.pth "
                              f"(outdoor) or weights/{name}_scannet.pth (indoor) with --weights")
         name += f"_{dataset}"
-    published, own = find_weights(f"{name}.pth"), find_weights(f"{name}_open.pth")
+    published, own = find_weights(f"{name}.pth"), find_weights(f"{name.removeprefix('e')}_open.pth")
     if published.is_file():
         return published
     if own.is_file():

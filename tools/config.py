@@ -3,40 +3,94 @@ import contextlib
 import difflib
 import json
 import math
+import os
+import reprlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from imp_matching import shipped
 from tools.cli import InputError
-from tools.files import read_json, read_text
+from tools.files import find_shipped, read_json, read_text
 
 _KIND = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
          dict: "a mapping"}
+MAX_VALUES, MAX_LEVELS, MAX_BITS = 10 ** 5, 20, 4096  # of a configuration, and of a number in it
+_shown = reprlib.Repr()  # of values in messages
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 60, 60
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        last = self._by_key(node)
+        for key, _ in node.value:
+            again = last[self._name(key)][0]
+            if key is not again:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=again.start_mark)
+        return node
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        node.value = list(self._by_key(node).values())  # merges of merges would grow without bound
+
+    def _by_key(self, node):
+        return {self._name(key): (key, value) for key, value in node.value}
+
+    @staticmethod
+    def _name(key):
+        return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def find_config(path) -> Path:
-    """A configuration as named; where NAME or configs/NAME is not there, the one of that name that ships."""
-    path = Path(path)
-    own = shipped("configs") / path.name
-    return own if path.parent in (Path(), Path("configs")) and not path.exists() and own.is_file() else path
+    """A configuration as named; where NAME or configs/NAME is not there, that of ./configs, or the one that ships."""
+    return find_shipped(path, "configs")
 
 
 def read_yaml(path) -> dict:
-    """Read a YAML file that holds a mapping."""
+    """Read a YAML file that holds a mapping; see `read_config`."""
     try:
-        content = yaml.safe_load(read_text(find_config(path)))
-    except yaml.YAMLError as error:
+        content = yaml.load(read_text(find_config(path)), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return _mapping(content, path)
+
+
+def read_config(path) -> dict:
+    """Read a YAML or JSON file that holds a mapping, its keys texts; `~` in it is the home folder.
+
+    InputError if a key is there twice, or if there is more than anybody writes: aliases in YAML can say more values
+    than memory holds.
+    """
+    return read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else _mapping(read_json(find_config(path)), path)
+
+
+def _mapping(content, path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold keys and values")
-    return content
+    return _plain(content, path, iter(range(MAX_VALUES)))
+
+
+def _plain(value, path, left: Iterator, level: int = 0):
+    """A value as read, with the home folder for `~`; left: one for each value that there may be."""
+    if level > MAX_LEVELS or next(left, None) is None:
+        raise InputError(f"{path} holds too much: at most {MAX_VALUES} values in {MAX_LEVELS} levels are read")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{path}: key {_shown.repr(key)} is no text: put quotes round it")
+        return {key: _plain(entry, path, left, level + 1) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, path, left, level + 1) for entry in value]
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise InputError(f"{path} holds a number of {value.bit_length()} bits")
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _typed(key: str, value, default, source: str):
     """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool, a text that says a number for
-    one; None: a string or nothing, which the text "None" is too."""
+    one; None: a string or nothing, which the text "None" is too. A float is finite."""
     expected = str if default is None else type(default)
     if default is None and value == "None":
         return None
@@ -46,12 +100,14 @@ def _typed(key: str, value, default, source: str):
     if expected is bool and value in (0, 1):
         return bool(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 2 ** 63 else math.inf
+        value = float(value) if abs(value) < 2 ** 63 else math.inf
     if default is None and value is None:
         return None
+    if expected is float and isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{source}: {key} {value}: expected a finite number")
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
-    raise InputError(f"{source}: {key} should be {_KIND[expected]}, not {json.dumps(value, default=str)}")
+    raise InputError(f"{source}: {key} should be {_KIND[expected]}, not {_shown.repr(value)}")
 
 
 def overlay(defaults: dict, values: dict, source: str) -> dict:
@@ -64,7 +120,7 @@ def _checked(defaults: dict, values: dict, source: str) -> dict:
     for key, value in values.items():
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-            raise InputError(f"{source}: unknown key {key!r}; did you mean {near[0]!r}?")
+            raise InputError(f"{source}: unknown key {_shown.repr(key)}; did you mean {near[0]!r}?")
         config[key] = _typed(key, value, defaults[key], source)
     return config
 
@@ -96,7 +152,7 @@ def parse_overrides(arguments: list[str]) -> dict:
 def _from_json(word: str):
     try:
         return json.loads(word)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(word, word)
 
 
@@ -105,9 +161,7 @@ def load_config(path, defaults: dict, arguments: list[str], unused=()) -> dict:
 
     unused: keys that the file may have and nobody needs, which are named and left out.
     """
-    content = read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(find_config(path))
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold keys and values")
+    content = read_config(path)
     left_out = [key for key in content if key in unused]
     if left_out:
         print(f"note: {path}: not used here: {', '.join(left_out)}", file=sys.stderr)

@@ -1,9 +1,12 @@
 """One process or many: the same training code under plain Python, one process a GPU, and torchrun."""
+import atexit
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import sys
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -104,11 +107,23 @@ def _join(worker, rank: int, world_size: int, device: torch.device, arguments):
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meeting_point(rank, world_size),
                                 rank=rank, world_size=world_size)
-    try:
-        return worker(Job(rank, world_size, device), *arguments)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    result = worker(Job(rank, world_size, device), *arguments)
+    if world_size > 1:  # not after an error: NCCL would wait here for the other processes
+        dist.destroy_process_group()
+    return result
+
+
+def leave(status: int):
+    """End this process with `status`; if it is one of several, without taking the interpreter apart.
+
+    There, what NCCL and gloo hold can wait for ever, or abort.
+    """
+    if not (dist.is_torchelastic_launched() or mp.parent_process()):
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _spawned(rank: int, worker, devices, arguments, results):
@@ -116,11 +131,17 @@ def _spawned(rank: int, worker, devices, arguments, results):
         torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
     try:
         result = _join(worker, rank, len(devices), devices[rank], arguments)
-    except (InputError, OSError) as error:
-        results.put((None, describe_error(error)))
-        sys.exit(2)
-    if rank == 0:
-        results.put((result, None))
+        if rank == 0:
+            results.put((result, None))
+    except BaseException as error:
+        error.add_note("".join(traceback.format_exception(error)))
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(describe_error(error))
+        results.put((None, error))
+        leave(2)
+    leave(0)
 
 
 def _start(worker, devices: list[torch.device], arguments):
@@ -145,13 +166,11 @@ def _start(worker, devices: list[torch.device], arguments):
             receive()
     except mp.ProcessExitedException as error:
         receive()
-        messages = [message for _, message in received if message]
-        if error.signal_name:
-            messages.append(f"process {error.error_index} of {len(devices)} was ended by {error.signal_name} (out of "
-                            "memory?); what was saved is kept")
-        if not messages:
-            raise
-        raise InputError(messages[0]) from None
+        errors = [told for _, told in received if told]
+        if errors and not error.signal_name:
+            raise errors[0] from None
+        raise InputError(f"process {error.error_index} of {len(devices)} was ended by {error.signal_name or 'itself'} "
+                         "(out of memory?); what was saved is kept") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

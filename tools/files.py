@@ -16,9 +16,13 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from imp_matching import shipped
 from tools.cli import InputError, OutputError, describe_error
 
 MAX_PIXELS = 2 ** 28  # of an image or depth map, by its header
+# what OpenCV may read, and .heic, which telephones write: better named as skipped than left out without a word
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".avif", ".jp2", ".gif",
+                  ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm", ".ras", ".sr", ".hdr", ".exr", ".heic", ".heif"}
 FLOAT_SUFFIXES = (".exr", ".pfm", ".tif", ".tiff")
 MAX_COMPRESSION = 1100  # of HDF5's filters: deflate reaches 1032
 SMALL_BYTES = 2 ** 24  # may be asked for whatever a file's size
@@ -131,17 +135,33 @@ def read_text(path) -> str:
     raise InputError(f"cannot read {path}: it is not a text file")
 
 
+def _unique(pairs: list[tuple]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
 def read_json(path):
-    """Read a JSON file; InputError names the file when it is missing or not JSON."""
+    """Read a JSON file; InputError names the file when it is missing or not JSON, or has a key twice."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
+def find_shipped(path, kind: str) -> Path:
+    """A file as named; where NAME or `kind`/NAME is not there, the one of that name in ./`kind`, or that ships."""
+    path = Path(path)
+    if path.parent not in (Path(), Path(kind)) or path.exists():
+        return path
+    return next((own for own in (Path(kind, path.name), shipped(kind) / path.name) if own.is_file()), path)
+
+
 def read_lines(path) -> list[str]:
-    """Non-empty lines of a text file, stripped; lines that start with # are left out."""
-    lines = (line.strip() for line in read_text(path).splitlines())
+    """Non-empty lines of a text file, or of one of the assets, stripped; lines that start with # are left out."""
+    lines = (line.strip() for line in read_text(find_shipped(path, "assets")).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -248,30 +268,41 @@ def open_hdf5(path):
         raise InputError(f"cannot read {path}: {describe_error(error)}") from None
 
 
+def hdf5_item(file, name: str):
+    """Dataset or group `name` of an open HDF5 file or group, None if there is none; InputError for a link to elsewhere:
+    of links, only hard ones are followed."""
+    item = file
+    for part in name.strip("/").split("/"):
+        link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{name} of {file.file.filename} is a link to elsewhere")
+        item = item[part]
+    return item
+
+
 def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -> np.ndarray:
     """Dataset `name` of an open HDF5 file or group, read as a whole; InputError if it is not as expected.
 
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    group, where = file, f"{name} of {file.file.filename}"
-    for part in name.strip("/").split("/"):
-        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
-        if not isinstance(link, h5py.HardLink):
-            raise InputError(f"{where} is {'missing' if link is None else 'a link to elsewhere'}")
-        group = group[part]
-    if not isinstance(group, h5py.Dataset) or group.shape is None or group.external or group.is_virtual:
+    item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
+    if item is None:
+        raise InputError(f"{where} is missing")
+    if not isinstance(item, h5py.Dataset) or item.shape is None or item.external or item.is_virtual:
         raise InputError(f"{where} is not a plain dataset")
-    if group.dtype.kind not in kind:
-        raise InputError(f"{where} is of type {group.dtype}")
-    if shape is not None and (len(shape) != len(group.shape)
-                              or any(n is not None and n != there for n, there in zip(shape, group.shape))):
-        raise InputError(f"{where} has shape {group.shape}, not {shape}".replace("None", "any"))
-    largest = max(SMALL_BYTES, MAX_COMPRESSION * group.id.get_storage_size())
-    chunk = math.prod(group.chunks or (1,)) * group.dtype.itemsize
-    if group.size > MAX_PIXELS * 4 or max(group.nbytes, chunk) > largest:
-        raise InputError(f"{where} claims shape {group.shape}, more than the file holds")
-    return group[()]
+    if item.dtype.kind not in kind:
+        raise InputError(f"{where} is of type {item.dtype}")
+    if shape is not None and (len(shape) != len(item.shape)
+                              or any(n is not None and n != there for n, there in zip(shape, item.shape))):
+        raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
+    largest = max(SMALL_BYTES, MAX_COMPRESSION * item.id.get_storage_size())
+    chunk = math.prod(item.chunks or (1,)) * item.dtype.itemsize
+    if item.size > MAX_PIXELS * 4 or max(item.nbytes, chunk) > largest:
+        raise InputError(f"{where} claims shape {item.shape}, more than the file holds")
+    return item[()]
 
 
 def hdf5_image(write) -> bytes:

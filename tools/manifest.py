@@ -1,4 +1,4 @@
-"""What a dump says of itself: which settings made it, where its files are, which scenes are complete (SPEC 5).
+"""What a dump says of itself: which settings made it, where its files are, which scenes are complete.
 
     OUT/
       dump.json                {"format": "imp-dump", "version": 1, "feature_type": ..., "settings": {...}}
@@ -11,12 +11,36 @@ While a process writes a scene, OUT/.<scene>.lock is there too.
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
+from tools.features import DESCRIPTOR_DIM
 from tools.files import read_json, write_json
 from tools.locks import locked
 
 FORMAT = "imp-dump"
 VERSION = 1
 IMPLIED = {"align_corners": True}
+MOST_PAIRS = 10 ** 7  # of a scene: they are shuffled in memory
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2 ** 63
+
+
+def _is_list_of_reasons(value) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, list) and [type(part) for part in entry] == [str, str]
+                                           for entry in value)
+
+
+# What is read of each file: name -> whether a value can be its, and what stands for a missing one (None: it must be
+# there). Dumps that were imported, or made by early versions, count less.
+MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(DESCRIPTOR_DIM), None),
+                   "settings": (lambda value: isinstance(value, dict), None)}
+SETTINGS_FIELDS = {"min_keypoints": (_is_count, None),
+                   "descriptor_dtype": (lambda value: value in ("float16", "float32"), "float16")}
+SCENE_FIELDS = {"pairs": (lambda value: _is_count(value) and value <= MOST_PAIRS, None), "images": (_is_count, None),
+                **{name: (_is_count, 0) for name in ("candidate_pairs", "candidate_images", "few_keypoints", "bytes",
+                                                     "keypoint_bytes")},
+                "rejected": (lambda value: isinstance(value, dict) and all(map(_is_count, value.values())), {}),
+                "skipped": (_is_list_of_reasons, [])}
 
 
 def manifest_path(path) -> Path:
@@ -44,8 +68,20 @@ def match_path(path, scene: str, index: int) -> Path:
     return Path(path) / "matches" / scene / f"{index}.npy"
 
 
-def _flat(content: dict) -> dict:
-    return {**{name: value for name, value in content.items() if name != "settings"}, **content.get("settings", {})}
+def _checked(content, fields: dict, where) -> dict:
+    """`content` with what is missing; InputError if it is no dict, or a value cannot be."""
+    if not isinstance(content, dict):
+        raise InputError(f"{where} is damaged: it holds no JSON object")
+    for name, (is_valid, default) in fields.items():
+        if not is_valid(content.get(name, default)):
+            raise InputError(f"{where} is damaged: its {name} is {content.get(name)}")
+    return {**{name: default for name, (_, default) in fields.items()}, **content}
+
+
+def _flat(content: dict, where) -> dict:
+    content = _checked({"settings": {}, **content}, {"settings": MANIFEST_FIELDS["settings"]}, where)
+    settings = content.pop("settings")
+    return {**content, **settings}
 
 
 def check_settings(made: dict, wanted: dict, where) -> None:
@@ -54,7 +90,7 @@ def check_settings(made: dict, wanted: dict, where) -> None:
     Both are dicts whose entry "settings", if there is one, is a dict of more of the same. A setting that `made` is too
     old to have is as IMPLIED.
     """
-    made, wanted = _flat(made), _flat(wanted)
+    made, wanted = _flat(made, where), _flat(wanted, where)
     for name in {**wanted, **made}:
         if made.get(name, IMPLIED.get(name)) != wanted.get(name):
             raise InputError(f"{where} was made with {name} {made.get(name)}, now it is {wanted.get(name)}: "
@@ -76,14 +112,7 @@ def claim(path, manifest: dict) -> None:
             if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")):
                 raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
             write_json(file, manifest)
-    check_settings(_read_object(file), manifest, path)
-
-
-def _read_object(file) -> dict:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: it holds no JSON object")
-    return content
+    check_settings(_checked(read_json(file), {}, file), manifest, path)
 
 
 def read_manifest(path) -> dict:
@@ -91,19 +120,18 @@ def read_manifest(path) -> dict:
     file = manifest_path(path)
     if not file.is_file():
         raise InputError(f"{path} is no dump: it has no {file.name}; make one with dump.dump_megadepth")
-    manifest = _read_object(file)
+    manifest = _checked(read_json(file), {}, file)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file} is of format {manifest.get('format')} version {manifest.get('version')}, "
                          f"not {FORMAT} {VERSION}: run dump.dump_megadepth again")
-    return manifest
+    manifest = _checked(manifest, MANIFEST_FIELDS, file)
+    return {**manifest, "settings": _checked(manifest["settings"], SETTINGS_FIELDS, file)}
 
 
 def read_scene(path, scene: str) -> dict:
-    """The counts of a complete scene; InputError if the file is damaged."""
-    counts = _read_object(scene_path(path, scene))
-    if not isinstance(counts.get("pairs"), int):
-        raise InputError(f"{scene_path(path, scene)} is damaged: it does not say how many pairs there are")
-    return counts
+    """The counts of a complete scene (see `dump.dump_megadepth.dump_scene`); InputError if the file is damaged."""
+    file = scene_path(path, scene)
+    return _checked(read_json(file), SCENE_FIELDS, file)
 
 
 def begun_scenes(path) -> list[str]:

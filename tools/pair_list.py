@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tools.cli import InputError
-from tools.files import atomic_path, read_text
+from tools.files import atomic_path, find_shipped, read_text
 from tools.geometry import is_camera_matrix
 
 EXPECTED = ("expected `image0 image1`, then nothing, or `rot0 rot1` (2 values), or these and `K0 K1` (20 values), "
@@ -33,7 +33,7 @@ def read_pair_list(path) -> list[Pair]:
 
     InputError if it cannot be read, holds no pair, or has a malformed line, which it names.
     """
-    lines = read_text(path).splitlines()
+    lines = read_text(find_shipped(path, "assets")).splitlines()
     pairs = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):

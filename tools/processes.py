@@ -8,6 +8,7 @@ from multiprocessing import resource_tracker
 
 import cv2
 
+_HAS_MASKS = hasattr(signal, "pthread_sigmask")  # Windows has none, and no resource tracker
 
 def _exit_with_parent():
     multiprocessing.parent_process().join()
@@ -30,9 +31,12 @@ class WorkerPool(ProcessPoolExecutor):
 
     def __init__(self, workers: int):
         super().__init__(workers, multiprocessing.get_context("spawn"), start_worker)
-        resource_tracker.ensure_running()  # starting it would end the blocking below
+        if _HAS_MASKS:
+            resource_tracker.ensure_running()  # starting it would end the blocking below
 
     def submit(self, *args, **kwargs):
+        if not _HAS_MASKS:
+            return super().submit(*args, **kwargs)
         # a process may be started here, and Ctrl-C before it comes to start_worker would end it with a traceback
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -1,6 +1,4 @@
 """The knobs of training, with what they are when a config does not say."""
-import math
-
 from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
 
@@ -44,7 +42,7 @@ DEFAULTS = {
     "sinkhorn_iterations": 20,
     "match_threshold": 0.2,
     "n_min_tokens": 256,  # views with no more keypoints are not pooled (eimp)
-    "init": "published",  # warm: start as a nearest-neighbour matcher; guided: as one that its neighbours guide
+    "init": "published",  # warm: start as a nearest-neighbour matcher
     "weight_path": None,  # checkpoint whose weights to start from
     # schedule
     "optim": "adam",  # adam, adamw
@@ -87,7 +85,7 @@ CHOICES = {
     "network": ("gm", "imp", "dgnns", "eimp", "adagmn"),
     "norm_fn": ("in", "bn"),
     "ac_fn": ("relu", "gelu", "lrelu"),
-    "init": ("published", "warm", "guided"),
+    "init": ("published", "warm"),
     "optim": ("adam", "adamw"),
     "precision": ("float32", "bfloat16"),
 }
@@ -126,8 +124,6 @@ def load_train_config(path, arguments: list[str]) -> dict:
         if type(value) not in (int, float):
             continue
         least, most = RANGES.get(key, (0, 2 ** 63))
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key} {value}: expected a finite number")
         if not least <= value <= most:
             expected = f"at least {least}" if value < least else f"at most {most}"
             raise InputError(f"{key} {str(value)[:40]}: expected {expected}")
@@ -138,8 +134,6 @@ def load_train_config(path, arguments: list[str]) -> dict:
     if 0 < config["outlier_th"] < config["inlier_th"]:
         raise InputError(f"outlier_th {config['outlier_th']} is less than inlier_th {config['inlier_th']}: expected at "
                          "least that, or 0")
-    if config["init"] == "guided" and (config["norm_fn"], config["ac_fn"]) != ("in", "relu"):
-        raise InputError(f"init guided is for norm_fn in and ac_fn relu, not {config['norm_fn']} and {config['ac_fn']}")
     if config["online_views"] % 2:
         raise InputError(f"online_views {config['online_views']}: expected an even number")
     for entry in config["online_sources"]:

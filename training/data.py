@@ -13,21 +13,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
-from tools.cli import InputError, reason
+from tools.cli import reason
 from tools.correspondences import match_by_projection, unmatched_by_projection
 from tools.features import DESCRIPTOR_DIM
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
 from tools.processes import start_worker
-from tools.records import read_record
+from tools.records import KEYPOINT_FIELDS, MATCH_FIELDS, check_matches, read_record
 
 # not forked from this process: a copy of one whose threads have run can hang in its first parallel loop
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 MAX_TRIES = 20  # pairs for one sample
-# Fields that training reads of a dump's records, and their shapes; a letter is a length that is the same for all.
-KEYPOINT_FIELDS = {"keypoints": ("N", 2), "scores": ("N",), "descriptors": ("N", "D"), "image_size": (2,),
-                   "intrinsics": (3, 3), "depth": ("N",)}
-MATCH_FIELDS = {"image_path0": (), "image_path1": (), "matches": ("M", 2), "pose0": (4, 4), "pose1": (4, 4)}
 
 
 @dataclass
@@ -208,23 +204,6 @@ class Draws:
         return self._draw(k // self.size)[k % self.size]
 
 
-def _read_fields(path, fields: dict[str, tuple], **lengths: int) -> dict:
-    """The record at `path`, memory-mapped; InputError if it lacks one of `fields`, or one has another shape.
-
-    lengths: those of letters that are known.
-    """
-    record = read_record(path, mmap=True)
-    for name, sides in fields.items():
-        if name not in record:
-            raise InputError(f"{path} is damaged: it lacks {name}")
-        shape = np.shape(record[name])
-        wanted = tuple(lengths.setdefault(side, n) if isinstance(side, str) else side for side, n in zip(sides, shape))
-        if shape != wanted or len(shape) != len(sides):
-            wanted = tuple(lengths.get(side, side) for side in sides)
-            raise InputError(f"{path} is damaged: its {name} are {shape}, not {wanted}")
-    return record
-
-
 class DumpSource:
     """Pairs of a dump's records."""
 
@@ -246,22 +225,18 @@ class DumpSource:
         self.draws = Draws(dump["scenes"], pairs_per_scene, seed)
 
     def pair(self, k: int, attempt: int) -> Pair:
-        """The pair of sample k of the run, its arrays memory-mapped; InputError if a record is damaged."""
+        """The pair of sample k of the run; InputError if a record is damaged."""
         scene, index = self.draws.draw(k, attempt)
         path = match_path(self.path, scene, index)
-        pair = _read_fields(path, MATCH_FIELDS)
+        pair = read_record(path, MATCH_FIELDS)
         views, cameras = [], []
-        for v, indices in zip("01", pair["matches"].T):
-            record = _read_fields(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type),
-                                  KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[self.feature_type])
-            n = len(record["scores"])
-            if ((indices < 0) | (indices >= n)).any():
-                raise InputError(f"{path} is damaged: its matches name keypoints that view {v}, of {n}, does not have")
+        for v in "01":
+            record = read_record(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type),
+                                 KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[self.feature_type])
             view = {name: record[name] for name in ("keypoints", "scores", "descriptors", "image_size")}
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
             cameras.append((record["keypoints"], record["depth"], record["intrinsics"], pair[f"pose{v}"]))
-        if not all(abs(np.linalg.det(matrix)) > 0 for camera in cameras for matrix in camera[2:]):
-            raise InputError(f"{path} is damaged, or one of its images' records: a pose or K has no inverse")
+        check_matches(path, pair["matches"], [len(view["scores"]) for view in views])
         matches, unmatched = self.labels.of(*cameras) if self.labels else (pair["matches"], None)
         return Pair(str(path), views, matches, relative_pose(pair["pose0"], pair["pose1"]),
                     (pair["image_path0"], pair["image_path1"]), unmatched)
@@ -308,7 +283,7 @@ class Samples(Dataset):
                 skipped.append((source.name, why))
                 continue
             why = self.choice.refuses(pair)
-            if not why:
+            if not why:  # what goes wrong from here on is not the pair's fault
                 sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
                 return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
         return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {why}"}

@@ -18,13 +18,12 @@ from tqdm import tqdm
 from tools.cli import InputError
 from tools.correspondences import depth_at
 from tools.features import build_extractor
-from tools.files import read_depth, read_image
+from tools.files import IMAGE_SUFFIXES, read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 from training.data import Draws, Labels, Pair
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 CACHED_BYTES = 256 << 20  # of decoded images and depth maps, in each process
 PHOTO_ASPECT = 4 / 3
 

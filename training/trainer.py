@@ -18,15 +18,14 @@ from tools.distributed import Job
 from tools.features import DESCRIPTOR_DIM
 from tools.files import check_folder, remove_strays, write_json
 from tools.locks import locked
-from training.data import Samples, StepBatches, collate, end_workers, make_loader
+from training.data import StepBatches, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
-from training.start import branch_ends, guided_start, published_start, warm_start
+from training.start import branch_ends, published_start, warm_start
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
 NAMED_PAIRS = 5  # in the message that ends such a run
-START_SAMPLES = 16  # whose descriptors a guided start looks at
 # what may differ when a run goes on: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
@@ -50,17 +49,8 @@ def learning_rate(config: dict, step: int) -> float:
     return max(config["lr"] * config["decay_rate"] ** max(0, step - config["decay_iter"]), config["min_lr"])
 
 
-def _some_descriptors(samples: Samples) -> torch.Tensor:
-    """Descriptors (N, D) of view 0 of the first samples of a run."""
-    batch = collate([samples[k] for k in range(START_SAMPLES)])
-    if "failed" in batch:
-        raise InputError(batch["failed"])
-    real = batch.get("mask0", torch.ones_like(batch["scores0"], dtype=torch.bool))
-    return batch["descriptors0"][real].float()
-
-
-def build(config: dict, samples: Samples | None = None):
-    """The matcher of a configuration, initialised from its seed; samples: of the run, for a guided start."""
+def build(config: dict):
+    """The matcher of a configuration, initialised from its seed."""
     torch.manual_seed(config["seed"])
     matcher = build_matcher(config["network"], descriptor_dim=DESCRIPTOR_DIM[config["feature"]],
                             n_layers=config["layers"], norm_fn=config["norm_fn"], ac_fn=config["ac_fn"],
@@ -72,8 +62,6 @@ def build(config: dict, samples: Samples | None = None):
         published_start(matcher)
     elif config["init"] == "warm":
         warm_start(matcher)
-    elif config["init"] == "guided":
-        guided_start(matcher, _some_descriptors(samples), config["seed"])
     return matcher
 
 
@@ -110,7 +98,7 @@ class Trainer:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
         # the weights of a run that goes on are in its checkpoint
-        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config, self.samples)
+        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
