@@ -333,9 +333,17 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
         raise InputError("--threshold sweep needs pairs with a known pose")
     sweep = sweep_thresholds(results)
     best = best_settings(sweep, args.seed)
-    more = evaluate_some(JOURNALS[1], loops, best)[0] if loops else {setting: {} for setting in best}
-    both = {setting: results[setting] | more[setting] for setting in best}
-    return {setting: {name: both[setting][name] for name in methods} for setting in best}, skipped, sweep
+    if not loops:
+        return {setting: results[setting] for setting in best}, skipped, sweep
+    more, failed = evaluate_some(JOURNALS[1], loops, best)
+    both = {}
+    for setting in best:
+        rows = results[setting] | more[setting]
+        common = set.intersection(*({row.index for row in of_method} for of_method in rows.values()))
+        both[setting] = {name: [row for row in rows[name] if row.index in common] for name in methods}
+    skipped += [item for item in failed if item[0] not in dict(skipped)]
+    order = {pair_set.name(i): i for i in range(len(pair_set))}
+    return both, sorted(skipped, key=lambda item: order[item[0]]), sweep
 
 
 def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSetting, list]]:

@@ -6,13 +6,17 @@
     ...
 
 `pair` is the place in the set, `result` the fields of `eval.results.PairResult`; an error without a pose is Infinity,
-as Python's json writes it. A line is written when its pair is finished. One that is not whole, and what comes after it,
-is what an interruption left: it is cut off, and those pairs are done again.
+as Python's json writes it. A line is written when its pair is finished. A line that is damaged, or not whole, as an
+interruption may leave it, is dropped, and its pair is done again.
 """
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
-from tools.cli import InputError
+from tools.cli import InputError, OutputError
+from tools.files import check_file
 from tools.locks import try_lock
 from tools.manifest import check_settings
 
@@ -21,59 +25,73 @@ VERSION = 3
 
 
 class Journal:
-    """An open journal. finished: what it held when it was opened, {pair: results as in the format}.
+    """An open journal. finished: what it held when it was opened, {pair: results as in the format, not checked};
+    n_damaged: lines that were dropped.
 
     settings: what the results depend on, as JSON. Raises InputError if the file holds pairs done with other settings,
-    if it is no journal, or if another process has it open. To be used in a with statement, at whose end it goes if no
-    pair was finished.
+    if it is no journal, or if another process has it open. A link in its place is replaced. To be used in a with
+    statement, at whose end it goes if no pair was finished.
     """
 
     def __init__(self, path, settings: dict):
         self.path = Path(path)
         header = {"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))}
-        self.finished, self.n_added = {}, 0
+        self.finished, self.n_damaged, self.n_added = {}, 0, 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+b")
+            if self.path.is_symlink():
+                self.path.unlink()
+            if self.path.exists():
+                check_file(self.path, "journal")
+            self.file = open(self.path, "a+b", buffering=0)
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-        if not try_lock(self.file):
-            self.file.close()
-            raise InputError(f"another evaluation is writing to {self.path.parent}: wait for it, or name another "
-                             "--save_path")
+            raise OutputError(error.errno, error.strerror, str(self.path)) from None
         try:
+            if not try_lock(self.file):
+                raise InputError(f"another evaluation is writing to {self.path.parent}: wait for it, or name another "
+                                 "--save_path")
             self._read(header)
-        except InputError:
+        except Exception:
             self.file.close()
             raise
 
     def _read(self, header: dict) -> None:
         self.file.seek(0)
-        made, whole = None, 0  # the first line; bytes of whole lines
-        for line in self.file:
+        data = self.file.read()
+        *lines, torn = data.split(b"\n")
+        first, *lines = lines or [b""]
+        made, good, n_before = _parse(first), [first], len(first) + 1  # bytes in front of the first damaged line
+        if data and (made.get("format") != FORMAT or not isinstance(made.get("settings"), dict)):
+            raise InputError(f"{self.path} is no journal of an evaluation: move it away")
+        for line in lines:
             content = _parse(line)
-            if made is None:
-                made = content
-                if made.get("format") != FORMAT:
-                    raise InputError(f"{self.path} is no journal of an evaluation: move it away")
-            elif "pair" in content and "results" in content:
+            if type(content.get("pair")) is int and isinstance(content.get("results"), list):
                 self.finished[content["pair"]] = content["results"]
+                good.append(line)
+                n_before += 0 if self.n_damaged else len(line) + 1
             else:
-                break
-            whole += len(line)
-        if self.finished:
-            check_settings(made, header, f"{self.path}, an unfinished run (delete it to start anew),")
-            self.file.truncate(whole)
-        else:
+                self.n_damaged += 1
+        self.n_damaged += bool(torn)
+        if not self.finished:
             self.file.truncate(0)
             self._write(header)
+            return
+        check_settings(made, header, f"{self.path}, an unfinished run (delete it to start anew),")
+        kept = b"".join(line + b"\n" for line in good)
+        self.file.truncate(n_before)
+        self._append(kept[n_before:])
 
     def _write(self, content: dict) -> None:
+        self._append(json.dumps(content).encode() + b"\n")
+
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self.file.fileno()).st_size
         try:
-            self.file.write(json.dumps(content).encode() + b"\n")
-            self.file.flush()
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}; what is done is kept") from None
+            self.file.truncate(size)
+            raise OutputError(error.errno, f"{error.strerror}; what is done is kept", str(self.path)) from None
 
     def add(self, pair: int, results: list[dict]) -> None:
         """Append a finished pair."""
@@ -85,14 +103,15 @@ class Journal:
 
     def __exit__(self, *_):
         if not self.finished and not self.n_added:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
+                self.path.unlink(missing_ok=True)
         self.file.close()
 
 
 def _parse(line: bytes) -> dict:
-    """A line of a journal; {} if it is not whole."""
+    """A line of a journal; {} if it is damaged."""
     try:
-        content = json.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

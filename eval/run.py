@@ -4,7 +4,7 @@ import itertools
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from eval.methods import Method, to_data
 from eval.metrics import pose_auc
 from eval.pair_sets import EvalPair
 from eval.pose import timed_estimate_pose
-from eval.results import PairResult, score_pair, true_correspondences
+from eval.results import STAGES, PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
 from tools.processes import WorkerPool
 
@@ -90,6 +90,41 @@ def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
     return np.unique(np.linspace(0, n_pairs - 1, limit).round().astype(int))
 
 
+def _to_json(rows: list) -> list[dict]:
+    return [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold, "seed": setting.seed,
+             "result": result.to_json()} for setting, name, result in rows]
+
+
+def _from_json(content: list, position: int, settings: list[PoseSetting], methods) -> list:
+    """Rows (setting, method, result) of a finished pair; InputError, or whatever comes of it, if they are not those."""
+    rows = [(PoseSetting(row["estimator"], row["threshold"], row["seed"]), row["method"],
+             PairResult.from_json(row["result"])) for row in content]
+    there = Counter((setting, name) for setting, name, _ in rows)
+    alike = {(result.index, result.names, result.error is None) for *_, result in rows}
+    if not (there == Counter(itertools.product(settings, methods)) and len(alike) == 1 and min(alike)[0] == position
+            and all(result.seconds.keys() >= set(STAGES) for *_, result in rows)):
+        raise InputError("these are not the results of this pair")
+    return rows
+
+
+def _finished(journal: Journal | None, positions, settings, methods) -> dict[int, list]:
+    """{position: rows} of the pairs that a journal holds; what is damaged in it is left out, and its number said."""
+    if journal is None:
+        return {}
+    finished, n_damaged = {}, journal.n_damaged
+    for position in map(int, positions):
+        if position in journal.finished:
+            try:
+                finished[position] = _from_json(journal.finished[position], position, settings, methods)
+            except Exception:
+                n_damaged += 1
+    if n_damaged:
+        print(f"{journal.path}: {n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
+    if finished:
+        print(f"going on: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
+    return finished
+
+
 def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], device="cpu",
              limit: int | None = None, workers: int = 0, journal: Journal | None = None
              ) -> tuple[Results, list[tuple[str, str]]]:
@@ -98,58 +133,48 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
     limit: that many pairs, spread evenly over the set. workers: processes that estimate poses while the network runs
     here; 0: all here, one after the other, which is how times can be compared. Results do not depend on it. journal:
     pairs that are finished in it are not done again, and those done are added.
-    Returns the results {setting: {method: one per pair}}, and (name, reason) of the pairs that could not be read.
+    Returns the results {setting: {method: one per pair}}, and (name, reason) of the pairs skipped, in the set's order.
     """
     results = {setting: {name: [] for name in methods} for setting in settings}
-    finished, skipped = {} if journal is None else journal.finished, []
     positions = choose_positions(len(pair_set), limit)
-
-    def add(rows):
-        for row in rows:
-            results[PoseSetting(row["estimator"], row["threshold"], row["seed"])][row["method"]].append(
-                PairResult.from_json(row["result"]))
+    finished, skipped = _finished(journal, positions, settings, methods), {}
 
     def read():
-        for position in positions:
-            if int(position) in finished:
-                yield int(position), None, 0.0
+        for position in map(int, positions):
+            if position in finished:
+                yield position, None, 0.0
                 continue
             start = time.perf_counter()
             try:
-                yield int(position), pair_set[int(position)], time.perf_counter() - start
+                yield position, pair_set[position], time.perf_counter() - start
             except Exception as error:
-                skipped.append((pair_set.name(int(position)), reason(error)))
+                skipped[position] = reason(error)
 
     def match(item):
         position, pair, seconds = item
         if pair is None:
-            return position, None
+            return position, finished[position]
         try:
             return position, score(pair, seconds)
         except Exception as error:
-            skipped.append((pair_set.name(position), reason(error)))
+            skipped[position] = reason(error)
             return position, []
 
     def score(pair, seconds):
         true0 = true_correspondences(pair)
         outcomes = run_pair(pair, methods, settings, device, pool, network)
-        return [{"method": name, "estimator": setting.estimator, "threshold": setting.threshold, "seed": setting.seed,
-                 "result": score_pair(pair, outcome, true0, seconds).to_json()}
+        return [(setting, name, score_pair(pair, outcome, true0, seconds))
                 for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
 
-    n_before = sum(int(position) in finished for position in positions)
-    if n_before:
-        print(f"going on: {n_before} of {len(positions)} pairs were done before", file=sys.stderr)
     progress = tqdm(total=len(positions), desc="pairs", disable=None)
     network = threading.Lock()
     try:
         with progress, pose_pool(workers) as pool:
             for position, rows in _in_order(match, read(), workers):
-                if rows is None:
-                    rows = finished[position]
-                elif journal is not None and rows:
-                    journal.add(position, rows)
-                add(rows)
+                if journal is not None and rows and position not in finished:
+                    journal.add(position, _to_json(rows))
+                for setting, name, result in rows:
+                    results[setting][name].append(result)
                 *_, (name, of_last) = results[settings[0]].items()
                 progress.update(len(skipped) + len(of_last) - progress.n)
                 if errors := pose_errors(of_last):
@@ -159,7 +184,7 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             n_done = len(finished) + journal.n_added
             print(f"{n_done} pairs are done: the same command goes on from there", file=sys.stderr)
         raise
-    return results, skipped
+    return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
 
 
 def pose_errors(results: list[PairResult]) -> list[float]:

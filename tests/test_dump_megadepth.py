@@ -887,7 +887,7 @@ def test_load_dump(finished, out, tmp_path):
     ("dump.json", [], "it holds no JSON object"),
     ("dump.json", {"settings": 5}, "its settings is 5"),
     ("dump.json", {"settings": {"descriptor_dtype": "float16"}}, "its min_keypoints is None"),
-    ("dump.json", {"settings": {"min_keypoints": "many"}}, "its min_keypoints is many"),
+    ("dump.json", {"settings": {"min_keypoints": "many"}}, "its min_keypoints is 'many'"),
     ("dump.json", {"feature_type": ["sift"]}, r"its feature_type is \['sift'\]"),
     ("scenes/0000.json", {"pairs": -1}, "its pairs is -1"),
     ("scenes/0000.json", {"pairs": 10 ** 12}, "its pairs is 1000000000000"),

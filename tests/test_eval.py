@@ -2,6 +2,10 @@
 import csv
 import hashlib
 import json
+import os
+import resource
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -36,7 +40,7 @@ from eval.run import PoseSetting, evaluate
 from nets import build_matcher
 from tools import checkpoint
 from tools.checkpoint import save_checkpoint
-from tools.cli import InputError, run
+from tools.cli import InputError, OutputError, run
 from tools.features import Features, Sift
 from tools.files import read_image
 from tools.geometry import make_pose
@@ -744,3 +748,138 @@ def test_a_pair_on_which_a_matcher_fails_is_skipped_and_the_others_are_kept(scen
     results, skipped = evaluate(list_set(scene, pairs), {"mine": Method(fails_once)}, [MAGSAC], workers=workers)
     assert len(results[MAGSAC]["mine"]) == 2
     assert [reason for _, reason in skipped] == ["ValueError: odd pair"]
+
+
+# journals that are damaged
+
+METHODS = {"NN": Method(MATCHERS["NN"](MatcherSettings())), "NN_ratio": Method(MATCHERS["NN_ratio"](MatcherSettings()))}
+
+
+@pytest.fixture(scope="module")
+def finished(scene, tmp_path_factory):
+    """A set of three pairs with depth, the results of all, and the bytes of their journal."""
+    pair_set = ListPairSet([make_pair(0, 1), make_pair(1, 2), make_pair(0, 2)], scene / "images", Sift(60, 1e-5),
+                           depth_dir=scene / "depths")
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    with Journal(path, {}) as journal:
+        results, _ = evaluate(pair_set, METHODS, [MAGSAC], journal=journal)
+    return pair_set, results, path.read_bytes()
+
+
+def untimed(results):
+    return [{**row.to_json(), "seconds": None} for rows in results[MAGSAC].values() for row in rows]
+
+
+def changed(change, result=False):
+    """The line of a pair, with a change of what it holds, or of its first result."""
+    def spoil(line):
+        content = json.loads(line)
+        change(content["results"][0]["result"] if result else content)
+        return json.dumps(content).encode() + b"\n"
+    return spoil
+
+
+def put(**values):
+    return lambda content: content.update(values)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda line: b"\0" * len(line) + b"\n", lambda line: line[:len(line) // 2] + b"\n", lambda line: line[5:],
+    lambda line: b"[" * 10 ** 5 + b"\n", lambda line: b"[1]\n", lambda line: b'{"pair": %s}\n' % (b"9" * 5000),
+    lambda line: line.replace(b'"NN_ratio"', b'"NN"'), lambda line: line.replace(b'"magsac"', b'"ransac"'),
+    *(changed(put(**values)) for values in (
+        {"pair": [1]}, {"pair": True}, {"pair": "1"}, {"results": {}}, {"results": [{"x": 1}]}, {"results": [5]},
+        {"results": []})),
+    changed(lambda content: content["results"].pop()), changed(lambda content: content["results"].append({})),
+    *(changed(put(**values), result=True) for values in (
+        {"n_matches": "5"}, {"n_matches": -5}, {"n_matches": 5.5}, {"n_keypoints0": None}, {"error_R": float("nan")},
+        {"error_R": None}, {"error_R": None, "error_t": None}, {"precision": "0.5"}, {"seconds": {}}, {"seconds": 5},
+        {"seconds": {"features": "1", "matching": 1, "pose": 1}}, {"names": "ab"}, {"names": [1, 2]}, {"index": 0},
+        {"scores": [0.5]}, {"scores": [[1]], "correct": [[1]]}, {"scores": 5}, {"n_true": None}, {"steps": [{}]},
+        {"n_iterations": 10 ** 400}, {"stopped_early": True}, {"unknown": 1},
+        {"steps": [{"iterations": 4, "kept0": 1, "kept1": 1, "n_matches": 1, "n_inliers": 1, "error_R": 1.0}]})),
+])
+def test_a_damaged_line_of_a_journal_is_dropped_and_its_pair_done_again(finished, tmp_path, capsys, spoil):
+    pair_set, results, whole = finished
+    header, first, second, third = whole.splitlines(keepends=True)
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(header + first + spoil(second) + third)
+    with Journal(path, {}) as journal:
+        again, skipped = evaluate(pair_set, METHODS, [MAGSAC], journal=journal)
+        assert journal.n_added == 1
+    assert not skipped and untimed(again) == untimed(results)
+    error = capsys.readouterr().err
+    assert "journal.jsonl: 1 damaged lines dropped" in error and "going on: 2 of 3 pairs" in error
+    with Journal(path, {}) as journal:
+        evaluate(pair_set, METHODS, [MAGSAC], journal=journal)
+        assert journal.n_added == 0
+    assert path.read_bytes().count(b"\n") in (4, 5) and "damaged" not in capsys.readouterr().err
+
+
+def test_what_is_in_the_place_of_a_journal(tmp_path):
+    other = tmp_path / "notes.txt"
+    other.write_text("mine\n")
+    path = tmp_path / "journal.jsonl"
+    path.symlink_to(other)
+    with Journal(path, {}) as journal:
+        journal.add(0, [])
+    assert not path.is_symlink() and other.read_text() == "mine\n"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"journal\.jsonl is a device or pipe, not a journal"):
+        Journal(path, {})
+    path.unlink()
+    for first in (b'{"format": "imp-eval-journal", "version": 3, "settings": []}\n', b"[" * 10 ** 5 + b"\n"):
+        path.write_bytes(first + b'{"pair": 0, "results": []}\n')
+        with pytest.raises(InputError, match="is no journal of an evaluation"):
+            Journal(path, {})
+
+
+def test_a_full_disk_keeps_the_whole_lines_of_a_journal(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Journal(path, {}) as journal:
+        journal.add(0, [])
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(OutputError, match=r"cannot write .*journal.jsonl: .*what is done is kept"):
+                journal.add(1, ["x" * 100])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert path.read_bytes() == before
+        journal.add(1, [])
+    with Journal(path, {}) as journal:
+        assert sorted(journal.finished) == [0, 1] and not journal.n_damaged
+
+
+# pairs that are skipped
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_pairs_are_in_the_order_of_the_set(scene, workers):
+    pairs = [make_pair(0, 1), Pair("gone0.png", NAMES[0]), make_pair(0, 2), Pair("gone1.png", NAMES[0])]
+    pair_set = list_set(scene, pairs)
+
+    def fails_on_the_first(data):
+        if data["image_size1"][0, 0] == 400:
+            time.sleep(0.05)  # so that the next ones are read meanwhile
+            raise ValueError("odd")
+        return MATCHERS["NN"](MatcherSettings())(data)
+
+    _, skipped = evaluate(pair_set, {"mine": Method(fails_on_the_first)}, [MAGSAC], workers=workers)
+    assert [name for name, _ in skipped] == [pair_set.name(i) for i in (0, 1, 3)]
+
+
+def test_what_only_the_loop_cannot_do_is_left_out_of_a_sweep_and_said(scene, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_imp, "SWEEP", (1.0,))
+    match = Method._in_turns
+    monkeypatch.setattr(Method, "_in_turns", lambda self, data, estimate: match(self, data, estimate)
+                        if data["image_size1"][0, 0] != 400 else {}["odd"])
+    command = evaluate_command(scene, tmp_path, "--threshold", "sweep", "--weights", weights, "--use_iterative",
+                               "--pictures", 2, "--max_keypoints", 60, methods=["NN_ratio", "IMP"])
+    assert run(eval_imp.main, command) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    (skipped,) = results["skipped"]
+    assert NAMES[1] in str(skipped) and "1 pairs skipped" in capsys.readouterr().err
+    assert [numbers["pairs"] for numbers in results["tables"][0]["methods"].values()] == [2, 2, 2]

@@ -110,7 +110,7 @@ def test_the_originals_yaml_of_an_evaluation(tmp_path, capsys):
     ("num_kpt", "num_kpts", "unknown key 'reader.num_kpts'; did you mean 'reader.num_kpt'"),
     ("rescale", "rescal", "unknown key 'evaluator.rescal'; did you mean 'evaluator.rescale'"),
     ("matcher", "macher", "unknown key 'macher'; did you mean 'matcher'"),
-    ("num_pair: 2", "num_pair: many", "num_pair should be a whole number, not \"many\""),
+    ("num_pair: 2", "num_pair: many", "num_pair should be a whole number, not"),
     ("dataset_dir: data/", "dataset_dir: nowhere/", "no features at nowhere/yfcc_eval_spp.hdf5"),
     ("dataset_dir: data/yfcc_eval_spp.hdf5, ", "", "lacks output"),
     ("reader: {", "reader: 5 #", "reader should hold keys and values, not '5'"),

@@ -43,6 +43,16 @@ def setup(tmp_path):
     return path
 
 
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory):
+    """A folder with a finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("once")
+    make_tiny_dump(folder / "dump")
+    (folder / "config.json").write_text(json.dumps({**SMALL, "base_path": str(folder / "dump")}))
+    train_with(folder / "config.json", "--save_path", folder / "run")
+    return folder
+
+
 def train_with(config, *arguments) -> int:
     return train.main(["--config", str(config), *map(str, arguments)])
 
@@ -172,6 +182,39 @@ def test_checkpoints_of_earlier_versions_are_gone_on_with(setup, tmp_path):
     torch.save({**content, "version": 1}, path)
     assert train_with(setup, "--resume_path", tmp_path / "run", "--epochs", 2) == 0
     assert load_checkpoint(path)["step"] == 4
+
+
+def of_state(change):
+    return lambda content: change(content["optimizer"]["state"][3])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda content: content.update(optimizer=[1]), "its optimizer has not the 1 groups"),
+    (lambda content: content["optimizer"]["param_groups"].append({}), "its optimizer has not the 1 groups"),
+    (lambda content: content["optimizer"]["param_groups"][0].update(betas=0.9), r"betas 0.9, not \(0.9, 0.999\)"),
+    (lambda content: content["optimizer"]["param_groups"][0].update(params=[0]), r"params \[0\], not"),
+    (lambda content: content["optimizer"]["param_groups"][0].update(lr="fast"), "lacks a learning rate"),
+    (lambda content: content["optimizer"]["state"].update(x={}), "something else than exp_avg, exp_avg_sq, step"),
+    (of_state(lambda values: values.pop("exp_avg")), "something else than exp_avg, exp_avg_sq, step"),
+    (of_state(lambda values: values.update(exp_avg=torch.zeros(7))), "a exp_avg of parameter 3 that cannot be"),
+    (of_state(lambda values: values["exp_avg_sq"].fill_(-1)), "a exp_avg_sq of parameter 3 that cannot be"),
+    (of_state(lambda values: values["exp_avg"].fill_(torch.nan)), "a exp_avg of parameter 3 that cannot be"),
+    (of_state(lambda values: values.update(step="many")), "a step of parameter 3 that cannot be"),
+    (lambda content: content.update(step=1.5), "its step is 1.5"),
+    (lambda content: content.update(best="low"), "its best is 'low'"),
+    (lambda content: content.update(bad=[[1, [2]]]), r"its bad is \[\[1, \[2\]\]\]"),
+    (lambda content: content.update(skipped=[["a", "b"]]), "its skipped is"),
+    (lambda content: content.update(scenes=None), "its scenes is None"),
+    (lambda content: content.update(config={"lr": torch.zeros(2)}), "its config is"),
+    (lambda content: content["config"].update(online_sources=[5]), r"trained with online_sources \[5\]"),
+])
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, run_once, spoil, message):
+    content = load_checkpoint(run_once / "run" / "latest.pth")
+    spoil(content)
+    torch.save(content, tmp_path / "latest.pth")
+    with pytest.raises(InputError, match=message) as raised:
+        train_with(run_once / "config.json", "--save_path", tmp_path, "--resume_path", tmp_path / "latest.pth")
+    assert str(tmp_path / "latest.pth") in str(raised.value) and len(str(raised.value).splitlines()) == 1
 
 
 def test_a_run_is_not_overwritten(setup, tmp_path, capsys):

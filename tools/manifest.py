@@ -8,6 +8,7 @@
 
 While a process writes a scene, OUT/.<scene>.lock is there too.
 """
+import reprlib
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
@@ -21,26 +22,28 @@ IMPLIED = {"align_corners": True}
 MOST_PAIRS = 10 ** 7  # of a scene: they are shuffled in memory
 
 
-def _is_count(value) -> bool:
+def is_count(value) -> bool:
+    """Whether it is a whole number of something."""
     return type(value) is int and 0 <= value < 2 ** 63
 
 
-def _is_list_of_reasons(value) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, list) and [type(part) for part in entry] == [str, str]
-                                           for entry in value)
+def is_list_of(*types):
+    """A check for lists of lists [a, b, ...] of these types."""
+    return lambda value: isinstance(value, list) and all(
+        isinstance(row, list) and [type(part) for part in row] == list(types) for row in value)
 
 
-# What is read of each file: name -> whether a value can be its, and what stands for a missing one (None: it must be
-# there). Dumps that were imported, or made by early versions, count less.
+# What is read of each file, for check_fields; what has None for a missing value must be there. Dumps that were
+# imported, or made by early versions, count less.
 MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(DESCRIPTOR_DIM), None),
                    "settings": (lambda value: isinstance(value, dict), None)}
-SETTINGS_FIELDS = {"min_keypoints": (_is_count, None),
+SETTINGS_FIELDS = {"min_keypoints": (is_count, None),
                    "descriptor_dtype": (lambda value: value in ("float16", "float32"), "float16")}
-SCENE_FIELDS = {"pairs": (lambda value: _is_count(value) and value <= MOST_PAIRS, None), "images": (_is_count, None),
-                **{name: (_is_count, 0) for name in ("candidate_pairs", "candidate_images", "few_keypoints", "bytes",
+SCENE_FIELDS = {"pairs": (lambda value: is_count(value) and value <= MOST_PAIRS, None), "images": (is_count, None),
+                **{name: (is_count, 0) for name in ("candidate_pairs", "candidate_images", "few_keypoints", "bytes",
                                                      "keypoint_bytes")},
-                "rejected": (lambda value: isinstance(value, dict) and all(map(_is_count, value.values())), {}),
-                "skipped": (_is_list_of_reasons, [])}
+                "rejected": (lambda value: isinstance(value, dict) and all(map(is_count, value.values())), {}),
+                "skipped": (is_list_of(str, str), [])}
 
 
 def manifest_path(path) -> Path:
@@ -68,18 +71,21 @@ def match_path(path, scene: str, index: int) -> Path:
     return Path(path) / "matches" / scene / f"{index}.npy"
 
 
-def _checked(content, fields: dict, where) -> dict:
-    """`content` with what is missing; InputError if it is no dict, or a value cannot be."""
+def check_fields(content, fields: dict, where) -> dict:
+    """`content`, read from the file `where`, with what it lacks; InputError if it is no dict, or a value cannot be.
+
+    fields: name -> (whether a value can be its, what stands for a missing one). Others are left as they are.
+    """
     if not isinstance(content, dict):
         raise InputError(f"{where} is damaged: it holds no JSON object")
     for name, (is_valid, default) in fields.items():
         if not is_valid(content.get(name, default)):
-            raise InputError(f"{where} is damaged: its {name} is {content.get(name)}")
+            raise InputError(f"{where} is damaged: its {name} is {reprlib.repr(content.get(name))}")
     return {**{name: default for name, (_, default) in fields.items()}, **content}
 
 
 def _flat(content: dict, where) -> dict:
-    content = _checked({"settings": {}, **content}, {"settings": MANIFEST_FIELDS["settings"]}, where)
+    content = check_fields({"settings": {}, **content}, {"settings": MANIFEST_FIELDS["settings"]}, where)
     settings = content.pop("settings")
     return {**content, **settings}
 
@@ -112,7 +118,7 @@ def claim(path, manifest: dict) -> None:
             if any((Path(path) / name).exists() for name in ("keypoints", "matches", "scenes")):
                 raise InputError(f"{path} holds a dump without {file.name}, made by something else: write elsewhere")
             write_json(file, manifest)
-    check_settings(_checked(read_json(file), {}, file), manifest, path)
+    check_settings(check_fields(read_json(file), {}, file), manifest, path)
 
 
 def read_manifest(path) -> dict:
@@ -120,18 +126,18 @@ def read_manifest(path) -> dict:
     file = manifest_path(path)
     if not file.is_file():
         raise InputError(f"{path} is no dump: it has no {file.name}; make one with dump.dump_megadepth")
-    manifest = _checked(read_json(file), {}, file)
+    manifest = check_fields(read_json(file), {}, file)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file} is of format {manifest.get('format')} version {manifest.get('version')}, "
                          f"not {FORMAT} {VERSION}: run dump.dump_megadepth again")
-    manifest = _checked(manifest, MANIFEST_FIELDS, file)
-    return {**manifest, "settings": _checked(manifest["settings"], SETTINGS_FIELDS, file)}
+    manifest = check_fields(manifest, MANIFEST_FIELDS, file)
+    return {**manifest, "settings": check_fields(manifest["settings"], SETTINGS_FIELDS, file)}
 
 
 def read_scene(path, scene: str) -> dict:
     """The counts of a complete scene (see `dump.dump_megadepth.dump_scene`); InputError if the file is damaged."""
     file = scene_path(path, scene)
-    return _checked(read_json(file), SCENE_FIELDS, file)
+    return check_fields(read_json(file), SCENE_FIELDS, file)
 
 
 def begun_scenes(path) -> list[str]:

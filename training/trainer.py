@@ -22,6 +22,7 @@ from training.data import StepBatches, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
 from training.start import branch_ends, published_start, warm_start
+from training.state import load_optimizer, read_state
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
@@ -67,8 +68,9 @@ def build(config: dict):
 
 def _without_paths(key: str, value):
     """What a setting says besides where things are."""
-    if key == "online_sources":
-        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")} for entry in value]
+    if key == "online_sources" and isinstance(value, list):
+        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")}
+                if isinstance(entry, dict) else entry for entry in value]
     return value
 
 
@@ -127,22 +129,19 @@ class Trainer:
 
     def resume(self, path) -> None:
         """Go on from a checkpoint, or from the latest of a run's folder."""
-        path = Path(path) / "latest.pth" if Path(path).is_dir() else Path(path)
-        content = load_checkpoint(path)
-        if "optimizer" not in content:
-            raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
+        content = read_state(path)
+        path = content["path"]
         for key, value in content["config"].items():
             if key not in FREE_IN_RESUME and _without_paths(key, value) != _without_paths(key, self.config.get(key)):
                 raise InputError(f"{path} was trained with {key} {value}, now it is {self.config.get(key)}: give the "
                                  "same, or start a new run with weight_path")
         load_weights(self.model, content["model"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(self.optimizer, content["optimizer"], path)
         self.step, self.best = content["step"], content["best"]
-        # versions 1 and 2 did not have all of them
-        self.bad, draw_size = content.get("bad", []), content.get("draw_size", self.samples.draw_size)
-        self.validation_due = content.get("validation_due", False)
+        self.bad, self.validation_due = list(content["bad"]), content["validation_due"]
         if self.job.is_main:  # they are those of all processes
-            self.skipped = Counter({(source, reason): count for source, reason, count in content.get("skipped", [])})
+            self.skipped = Counter({(source, reason): count for source, reason, count in content["skipped"]})
+        draw_size = self.samples.draw_size if content["draw_size"] is None else content["draw_size"]
         if content["scenes"] != self.samples.scenes or draw_size != self.samples.draw_size:
             raise InputError(f"{path} was trained on other scenes or photographs: {len(content['scenes'])} scenes, "
                              f"{draw_size} items a draw; now {len(self.samples.scenes)} and {self.samples.draw_size}")

@@ -1,0 +1,85 @@
+"""What a run resumes from: the entries of its checkpoint, checked."""
+import json
+from pathlib import Path
+
+import torch
+
+from tools.checkpoint import load_checkpoint
+from tools.cli import InputError
+from tools.manifest import check_fields, is_count, is_list_of
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of Adam and AdamW, for each parameter
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, list) and all(type(name) is str for name in value)
+
+
+def _are_bad_steps(value) -> bool:
+    return is_list_of(int, list)(value) and all(_are_names(names) for _, names in value)
+
+
+# name -> whether a value can be its, and what stands for a missing one: versions 1 and 2 did not have all of them
+ENTRIES = {
+    "config": (lambda value: isinstance(value, dict) and _is_json(value), None),
+    "step": (is_count, None),
+    "best": (lambda value: value is None or type(value) is float, None),
+    "scenes": (_are_names, None),
+    "bad": (_are_bad_steps, []),
+    "draw_size": (lambda value: value is None or is_count(value), None),
+    "validation_due": (lambda value: type(value) is bool, False),
+    "skipped": (is_list_of(str, str, int), []),
+}
+
+
+def read_state(path) -> dict:
+    """A checkpoint of a run, or the latest in its folder, with all ENTRIES and its `path`.
+
+    InputError if it is missing or damaged, or holds weights alone.
+    """
+    path = Path(path) / "latest.pth" if Path(path).is_dir() else Path(path)
+    content = load_checkpoint(path)
+    if "optimizer" not in content:
+        raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
+    return {**check_fields(content, ENTRIES, path), "path": path}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state, path) -> None:
+    """Load the state of Adam or AdamW that the checkpoint `path` has; InputError if it cannot go on from it."""
+    problem = _problem(state, optimizer)
+    if problem:
+        raise InputError(f"{path} is damaged: its optimizer {problem}; resume from an earlier epoch's file")
+    optimizer.load_state_dict(state)
+
+
+def _problem(state, optimizer: torch.optim.Optimizer) -> str:
+    """Why Adam or AdamW cannot go on from a state; "" if it can."""
+    own = optimizer.state_dict()["param_groups"]
+    groups, moments = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
+    if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(moments, dict):
+        return f"has not the {len(own)} groups of parameters of this run"
+    for theirs, ours in zip(groups, own):
+        if not isinstance(theirs, dict) or type(theirs.get("lr")) is not float:
+            return "lacks a learning rate"
+        for name, value in ours.items():
+            # the rate follows from the step; how it is computed, from the device
+            if name not in ("lr", "fused", "foreach") and repr(theirs.get(name, value)) != repr(value):
+                return f"says {name} {str(theirs[name])[:50]}, not {str(value)[:50]}"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, values in moments.items():
+        if type(i) is not int or not 0 <= i < len(parameters) or not isinstance(values, dict) or set(values) != MOMENTS:
+            return f"holds something else than {', '.join(sorted(MOMENTS))} of parameters"
+        for name, value in values.items():
+            shape = () if name == "step" else parameters[i].shape
+            if not (torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
+                    and value.shape == shape and value.isfinite().all() and (name == "exp_avg" or (value >= 0).all())):
+                return f"holds a {name} of parameter {i} that cannot be"
+    return ""
