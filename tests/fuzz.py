@@ -85,6 +85,8 @@ def watch(found: list):
     tools.cli.describe_error = describe_and_note
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        for silent in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):  # as by default
+            warnings.simplefilter("ignore", silent)
         warnings.showwarning = note_warning
         try:
             yield
@@ -322,7 +324,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    shutil.rmtree(args.keep, ignore_errors=True)
+    if args.keep.is_dir():
+        shutil.rmtree(args.keep)
     table = fuzz(args.kind, args.inputs, args.seed, args.workers, args.keep, args.only)
     print(table.text())
     return 1 if sum(table.failed.values()) else 0

@@ -114,6 +114,8 @@ def read_record(path, fields: dict[str, Field] | None = None, mmap: bool = False
     for name, field in fields.items():
         if name in packed.dtype.names:
             values = plain[name]
+            if values.dtype.kind == "U" and (np.frombuffer(values.tobytes(), "u4") > 0x10FFFF).any():
+                raise InputError(f"{path} is damaged: its {name} is no text")
             problem = field and _problem(values, field, lengths)
             if problem:
                 raise InputError(f"{path} is damaged: its {name} {problem}")
