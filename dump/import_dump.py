@@ -69,7 +69,8 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
     record, sides = {}, []
     for v, theirs in enumerate("12"):
         record[f"image_path{v}"] = path = check_name(_field(old, f"image_path{theirs}"))
-        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(_field(old, f"intrinsics{theirs}"), _field(old, f"pose{theirs}"))
+        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(_field(old, f"intrinsics{theirs}"),
+                                                                    _field(old, f"pose{theirs}"))
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")

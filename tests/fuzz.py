@@ -1,4 +1,4 @@
-"""Damaged files of every kind that the project reads: each must end in a result, or in one line that says what is wrong.
+"""Damaged files of every kind that the project reads: each ends in a result, or in one line that says what is wrong.
 
     python3 tests/fuzz.py [--inputs 10000] [--seed 0] [--kind NAME ...] [--keep runs/fuzz] [--workers 2]
 
@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -58,13 +59,15 @@ class Failure:
 
 def place_of(stack) -> str:
     """The innermost frame of ours, of (file name, line) pairs from the outermost."""
-    ours = [(Path(name), line) for name, line in stack if name.startswith(str(ROOT)) and "/tests/" not in name and "/.venv/" not in name]
+    ours = [(Path(name), line) for name, line in stack if name.startswith(str(ROOT)) and "/tests/" not in name
+            and "/.venv/" not in name]
     return f"{ours[-1][0].relative_to(ROOT)}:{ours[-1][1]}" if ours else "?"
 
 
 def failure_of(error: BaseException) -> Failure:
     frames = traceback.extract_tb(error.__traceback__)
-    return Failure(type(error).__name__, place_of((frame.filename, frame.lineno) for frame in frames), "".join(traceback.format_exception(error)))
+    return Failure(type(error).__name__, place_of((frame.filename, frame.lineno) for frame in frames),
+                   "".join(traceback.format_exception(error)))
 
 
 @contextlib.contextmanager
@@ -80,7 +83,8 @@ def watch(found: list):
 
     def note_warning(message, category, filename, lineno, *_):
         frames = [(frame.filename, frame.lineno) for frame in traceback.extract_stack()[:-1]]
-        found.append(Failure(category.__name__, place_of(frames), f"{message}\n{''.join(traceback.format_stack()[:-1])}"))
+        found.append(Failure(category.__name__, place_of(frames),
+                             f"{message}\n{''.join(traceback.format_stack()[:-1])}"))
 
     tools.cli.describe_error = describe_and_note
     with warnings.catch_warnings():
@@ -125,7 +129,8 @@ def prepare(name: str, valid: Path, work: Path, number: int, seed: int) -> str:
     if number == 0:  # the valid files have to pass, too
         return "unchanged"
     pattern, form = rng.choice(list(KINDS[name].files.items()))
-    path = rng.choice(sorted(work.glob(pattern)) or sorted(path for other in KINDS[name].files for path in work.glob(other)))
+    path = rng.choice(sorted(work.glob(pattern)) or sorted(path for other in KINDS[name].files
+                                                           for path in work.glob(other)))
     return f"{path.relative_to(work)}: {mutate(path, form, rng)}"
 
 
@@ -176,7 +181,8 @@ class Table:
     def text(self) -> str:
         lines = [f"{'kind':20} {'inputs':>7} {'passed':>7} {'failed':>7} {'ms each':>8}"]
         for name, n in self.inputs.items():
-            lines.append(f"{name:20} {n:7} {n - self.failed[name]:7} {self.failed[name]:7} {1000 * self.seconds[name] / n:8.0f}")
+            failed, milliseconds = self.failed[name], 1000 * self.seconds[name] / n
+            lines.append(f"{name:20} {n:7} {n - failed:7} {failed:7} {milliseconds:8.0f}")
         n, failed = sum(self.inputs.values()), sum(self.failed.values())
         lines.append(f"{'all':20} {n:7} {n - failed:7} {failed:7}")
         for (cause, place), n in self.causes.most_common():
@@ -191,6 +197,7 @@ def work_through(name: str, home: Path, numbers: list[int], seed: int, pipe) -> 
     log = open(home / "log", "w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(log)
     faulthandler.register(signal.SIGUSR1, log, all_threads=False)
     cv2.setNumThreads(1)
@@ -227,7 +234,7 @@ class Child:
         return 0
 
     def end(self, cause: str | None = None) -> tuple[str, Failure] | None:
-        """Wait for the process, or end it because of `cause`; what killed it while it did an input, if something did."""
+        """Wait for the process, or end it because of `cause`; what killed it during an input, if something did."""
         if cause:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGUSR1)  # where it is
@@ -240,11 +247,12 @@ class Child:
         log = (self.home / "log").read_text(errors="replace")
         stack = re.findall(r'File "(.+?)", line (\d+)', log)
         if cause is None:
-            cause = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+            killed = os.WIFSIGNALED(status)
+            cause = signal.Signals(os.WTERMSIG(status)).name if killed else f"exit {os.WEXITSTATUS(status)}"
         return "died", Failure(cause, place_of(reversed(stack)), log)
 
     def messages(self):
-        """(number, seconds, (what was done, failures)) of what it finished; then, if it ended early, of what ended it."""
+        """(number, seconds, (what was done, failures)) of what it finished; then of what ended it early, if so."""
         over = None
         try:
             while self.pipe.poll():
@@ -273,10 +281,12 @@ def keep(folder: Path, name: str, home: Path, number: int, seed: int, outcome) -
     """Write a failing input, made again, with what is known of it."""
     place = folder / f"{name}-{number}"
     prepare(name, home / "valid", place, number, seed)
-    (place / "failure.txt").write_text(f"seed {seed}, {outcome[0]}\n" + "\n".join(failure.text for failure in outcome[1]), errors="replace")
+    (place / "failure.txt").write_text(f"seed {seed}, {outcome[0]}\n"
+                                       + "\n".join(failure.text for failure in outcome[1]), errors="replace")
 
 
-def fuzz(names: list[str], inputs: int, seed: int = 0, workers: int = 2, kept: Path | None = None, only: int | None = None) -> Table:
+def fuzz(names: list[str], inputs: int, seed: int = 0, workers: int = 2, kept: Path | None = None,
+         only: int | None = None) -> Table:
     """Try about `inputs` inputs, spread over the kinds, in forked processes."""
     table, shares = Table(), sum(KINDS[name].share for name in names)
     warnings.simplefilter("ignore")
@@ -303,7 +313,8 @@ def fuzz(names: list[str], inputs: int, seed: int = 0, workers: int = 2, kept: P
             for slot, child in list(running.items()):
                 for number, seconds, outcome in child.messages():
                     table.add(child.name, number, seconds, outcome[1])
-                    if outcome[1] and kept and all(table.causes[failure.cause, failure.place] <= 3 for failure in outcome[1]):
+                    if outcome[1] and kept and all(table.causes[failure.cause, failure.place] <= 3
+                                                   for failure in outcome[1]):
                         keep(kept, child.name, child.home, number, seed, outcome)
                 if child.pid is None:
                     del running[slot]

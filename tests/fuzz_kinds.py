@@ -88,7 +88,8 @@ SIZE = (160, 120)
 def make_views(n=3) -> list:
     """(image, depth, pose) of n views of the plane, SIZE large."""
     picture = texture()
-    return [(small(image), cv2.resize(depth, SIZE), pose) for pose in poses(n) for image, depth in [view(picture, pose)]]
+    return [(small(image), cv2.resize(depth, SIZE), pose) for pose in poses(n) for image,
+            depth in [view(picture, pose)]]
 
 
 def make_megadepth(folder):
@@ -106,7 +107,8 @@ def make_megadepth(folder):
 
 
 def dump_scenes(folder, *options):
-    command(dump_megadepth.main, "--feature_type", "sift", "--base_path", folder, "--save_path", folder / "out", "--min_keypoints", 30,
+    command(dump_megadepth.main, "--feature_type", "sift", "--base_path", folder, "--save_path", folder / "out",
+            "--min_keypoints", 30,
             "--max_keypoints", 100, "--workers", 1, *options)
 
 
@@ -134,10 +136,12 @@ def resumed_dump(folder):
 def make_dump(folder):
     make_tiny_dump(folder, ["0000"], pairs=3, images=3, n_keypoints=40, n_matches=20)
     write_json(folder / "dump.json", {"format": "imp-dump", "version": 1, "feature_type": "sift",
-                                      "settings": {"min_keypoints": 40, "max_keypoints": 100, "descriptor_dtype": "float16"}})
+                                      "settings": {"min_keypoints": 40, "max_keypoints": 100,
+                                                   "descriptor_dtype": "float16"}})
 
 
-@kind({"keypoints/*/*.npy": "record", "matches/*/*.npy": "record", "dump.json": "json", "scenes/*.json": "json"}, make_dump)
+@kind({"keypoints/*/*.npy": "record", "matches/*/*.npy": "record", "dump.json": "json", "scenes/*.json": "json"},
+      make_dump)
 def training_dump(folder):
     for labels in (None, Labels(3.0, 8.0)):
         with accepted():
@@ -162,14 +166,17 @@ def make_pairs(folder):
 
 
 def evaluate(folder, *options, methods=("NN_ratio",)):
-    command(eval_imp.main, "--matching_method", *methods, "--feature_type", "sift", "--save_path", folder / "out", "--device", "cpu",
+    command(eval_imp.main, "--matching_method", *methods, "--feature_type", "sift", "--save_path", folder / "out",
+            "--device", "cpu",
             "--max_keypoints", 100, "--pictures", 0, "--threshold", 1, *options)
 
 
 @kind({"pairs.txt": "text", "depths/*.h5": "hdf5"}, make_pairs)
 def pair_list(folder):
-    evaluate(folder, "--pairs", folder / "pairs.txt", "--image_dir", folder / "images", "--depth_dir", folder / "depths")
-    command(match_images.main, folder / "pairs.txt", "--image_dir", folder / "images", "--matching_method", "NN_ratio", "--max_keypoints", 60,
+    evaluate(folder, "--pairs", folder / "pairs.txt", "--image_dir", folder / "images", "--depth_dir",
+             folder / "depths")
+    command(match_images.main, folder / "pairs.txt", "--image_dir", folder / "images", "--matching_method", "NN_ratio",
+            "--max_keypoints", 60,
             "--save_path", folder / "out")
 
 
@@ -203,7 +210,8 @@ def make_raw(folder):
         write_image(scannet / f"img/{15 * i}.jpg", image)
         write_depth(test / f"depths/im{i}.h5", depth)
         with h5py.File(test / f"calibration/c{i}.h5", "w") as file:
-            file["K"], file["R"], file["T"], file["imsize"] = HALF_K, pose[:3, :3], pose[:3, 3], np.array([SIZE], np.float64)
+            file["K"], file["R"], file["T"], file["imsize"] = HALF_K, pose[:3, :3], pose[:3, 3], np.array([SIZE],
+                                                                                                          np.float64)
         np.savetxt(scannet / f"intrinsic/{15 * i}.txt", HALF_K, fmt="%.6f")
         np.savetxt(scannet / f"extrinsic/{15 * i}.txt", np.linalg.inv(pose), fmt="%.6f")
     (test / "images.txt").write_text("".join(f"images/im{i}.jpg\n" for i in range(3)))
@@ -216,12 +224,14 @@ def make_raw(folder):
     settings = {"feature_type": "sift", "workers": 1, "extractor": {"max_keypoints": 80, "contrast_threshold": 0.02}}
     for name, more in (("yfcc", {"raw_data_dir": ".", "scenes": ["square"]}),
                        ("scannet", {"raw_data_dir": "scannet", "pair_list": "pairs.txt"})):
-        (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump({"dataset": name, "output": f"out/{name}.hdf5", **settings, **more}))
+        (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump({"dataset": name, "output": f"out/{name}.hdf5",
+                                                                     **settings, **more}))
     for name, more in (("yfcc", {"rawdata_dir": ".", "data_seq": ["square"], "data_split": ["test"]}),
                        ("scannet", {"rawdata_dir": "scannet", "pair_list": "pairs.txt"})):
         (folder / f"configs/original_{name}.yaml").write_text(yaml.safe_dump({
             "data_name": name, "dataset_dump_dir": "out", "feature_dump_dir": "out", **more, "overwrite": False,
-            "extractor": {"name": "root", "num_kpt": 80, "resize": [-1], "det_th": 0.02, "overwrite": False, "num_process": 1}}))
+            "extractor": {"name": "root", "num_kpt": 80, "resize": [-1], "det_th": 0.02, "overwrite": False,
+                          "num_process": 1}}))
 
 
 @kind({"pairs/*.pkl": "pkl", "yfcc100m/*/test/calibration/*.h5": "hdf5", "yfcc100m/*/test/images.txt": "text",
@@ -274,7 +284,8 @@ def make_features(folder):
     torch.manual_seed(0)
     network = build_matcher("imp", descriptor_dim=128, n_layers=3)
     warm_start(network)
-    checkpoint.save_checkpoint(folder / "warm.pth", {"model": network.state_dict(), "config": {"network": "imp"}, "scenes": ["sub"]})
+    checkpoint.save_checkpoint(folder / "warm.pth", {"model": network.state_dict(), "config": {"network": "imp"},
+                                                     "scenes": ["sub"]})
 
 
 def read_pairs(folder):
@@ -285,7 +296,8 @@ def read_pairs(folder):
 
 @kind({"features.hdf5": "hdf5"}, make_features)
 def features(folder):
-    evaluate(folder, "--dataset", "yfcc", "--hdf5", "features.hdf5", "--image_dir", "images", "--weights", "warm.pth", methods=("NN_ratio", "IMP"))
+    evaluate(folder, "--dataset", "yfcc", "--hdf5", "features.hdf5", "--image_dir", "images", "--weights", "warm.pth",
+             methods=("NN_ratio", "IMP"))
 
 
 def make_journal(folder):
@@ -311,7 +323,8 @@ def journal(folder):
     evaluate(Path(), "--dataset", "yfcc", "--hdf5", "features.hdf5", "--image_dir", "images")
 
 
-@kind({"config.json": "json"}, lambda folder: shutil.copyfile(ROOT / "configs/config_train_online.json", folder / "config.json"),
+@kind({"config.json": "json"}, lambda folder: shutil.copyfile(ROOT / "configs/config_train_online.json",
+                                                              folder / "config.json"),
       names_a_place=True)
 def training_config(folder):
     with accepted():
@@ -321,8 +334,8 @@ def training_config(folder):
 def make_training(folder):
     make_dump(folder / "dump")
     write_json(folder / "config.json", {
-        "layers": 2, "max_keypoints": 32, "min_inliers": 4, "max_inliers": 16, "batch_size": 2, "epochs": 2, "its_per_epoch": 1, "workers": 0,
-        "gpu": [-1], "base_path": "dump", "save_path": "out", "val_pairs": 2})
+        "layers": 2, "max_keypoints": 32, "min_inliers": 4, "max_inliers": 16, "batch_size": 2, "epochs": 2,
+        "its_per_epoch": 1, "workers": 0, "gpu": [-1], "base_path": "dump", "save_path": "out", "val_pairs": 2})
     with contextlib.chdir(folder):
         command(train.main, "--config", "config.json", "--epochs", 1)
 
@@ -345,8 +358,10 @@ def training(folder):
 def make_weights(folder):
     torch.manual_seed(0)
     network = build_matcher("imp", descriptor_dim=128, n_layers=2)
-    checkpoint.save_checkpoint(folder / "weights.pth", {"model": network.state_dict(), "step": 3, "scenes": ["0000"], "min_loss": np.float64(3),
-                                                        "config": {"network": "imp", "feature": "sift", "n_min_tokens": 60}})
+    checkpoint.save_checkpoint(folder / "weights.pth", {"model": network.state_dict(), "step": 3, "scenes": ["0000"],
+                                                        "min_loss": np.float64(3),
+                                                        "config": {"network": "imp", "feature": "sift",
+                                                                   "n_min_tokens": 60}})
 
 
 @kind({"weights.pth": "pth"}, make_weights)
@@ -358,7 +373,8 @@ def weights(folder):
     command(export_weights.main, "weights.pth", "out/small.pth")
 
 
-@kind({"superpoint.pth": "pth"}, lambda folder: torch.save(SuperPoint().state_dict(), folder / "superpoint.pth"), share=0.5)
+@kind({"superpoint.pth": "pth"}, lambda folder: torch.save(SuperPoint().state_dict(), folder / "superpoint.pth"),
+      share=0.5)
 def superpoint(folder):
     with accepted():
         checkpoint.load_superpoint(folder / "superpoint.pth")
@@ -372,7 +388,8 @@ def make_results(folder):
 
 
 def match_list():
-    command(match_images.main, "pairs.txt", "--image_dir", "images", "--matching_method", "NN_ratio", "--max_keypoints", 60, "--focal", 150,
+    command(match_images.main, "pairs.txt", "--image_dir", "images", "--matching_method", "NN_ratio",
+            "--max_keypoints", 60, "--focal", 150,
             "--save_path", "out")
 
 
@@ -389,7 +406,8 @@ def make_images(folder):
     (folder / "images").mkdir()
     for suffix in ("png", "jpg", "tiff", "webp", "bmp", "ppm", "pgm", "jp2", "hdr", "exr", "pfm", "gif", "ras", "avif"):
         with contextlib.suppress(cv2.error):
-            cv2.imwrite(str(folder / f"images/a.{suffix}"), image.astype(np.float32) / 255 if suffix in ("hdr", "exr", "pfm") else image)
+            cv2.imwrite(str(folder / f"images/a.{suffix}"), image.astype(np.float32) / 255
+                        if suffix in ("hdr", "exr", "pfm") else image)
     cv2.imwrite(str(folder / "images/deep.png"), image.astype(np.uint16) * 257)
     cv2.imwrite(str(folder / "images/float.tiff"), image.astype(np.float32))
     exif = Image.Exif()
@@ -407,7 +425,8 @@ def images(folder):
     for color in (False, True):
         with accepted():
             read_image(path, color)
-    command(match_images.main, path, "other.png", "--matching_method", "NN_ratio", "--max_keypoints", 60, "--save_path", "out")
+    command(match_images.main, path, "other.png", "--matching_method", "NN_ratio", "--max_keypoints", 60,
+            "--save_path", "out")
 
 
 def changed(folder, name) -> Path:
@@ -425,7 +444,8 @@ def make_exif(folder):
     photos.mkdir()
     for number in range(100):
         tags = Image.Exif()
-        tags.get_ifd(0x8769).update({tag: rng.choice(odd) for tag in rng.sample([0x920A, 0xA405, 0xA002, 0xA003, 0xA20E, 0xA210], 4)})
+        tags.get_ifd(0x8769).update({tag: rng.choice(odd) for tag in rng.sample([0x920A, 0xA405, 0xA002, 0xA003,
+                                                                                 0xA20E, 0xA210], 4)})
         tags.update({tag: rng.choice(odd) for tag in rng.sample([0x0112, 0x010F, 0x011A], 2)})
         with contextlib.suppress(Exception):  # Pillow cannot write all
             Image.open(folder / "other.png").save(photos / f"{number}.jpg", exif=tags)
@@ -438,7 +458,8 @@ def make_exif(folder):
 def exif(folder):
     path = changed(folder, "photos")
     read_exif(path)
-    command(match_images.main, path, "other.png", "--matching_method", "NN_ratio", "--max_keypoints", 60, "--save_path", "out")
+    command(match_images.main, path, "other.png", "--matching_method", "NN_ratio", "--max_keypoints", 60,
+            "--save_path", "out")
 
 
 def make_depths(folder):
@@ -458,11 +479,13 @@ def make_sequence(folder):
     (folder / "sequence").mkdir()
     for index, number in enumerate((3, 7, 11)):
         write_frame(folder / "sequence", index, number)
-    np.savetxt(folder / "sequence/camera-intrinsics.txt", np.array([[90.0, 0, 46.5], [0, 92.0, 35.0], [0, 0, 1]]), fmt="%.6f")
+    np.savetxt(folder / "sequence/camera-intrinsics.txt", np.array([[90.0, 0, 46.5], [0, 92.0, 35.0], [0, 0, 1]]),
+               fmt="%.6f")
 
 
 def import_sequence(folder):
-    command(import_rgbd.main, "--sequence_path", folder / "sequence", "--save_path", folder / "out", "--scene", "wall", "--eval_pairs", 2,
+    command(import_rgbd.main, "--sequence_path", folder / "sequence", "--save_path", folder / "out", "--scene", "wall",
+            "--eval_pairs", 2,
             "--min_rotation", 1, "--workers", 1)
 
 
@@ -476,7 +499,8 @@ def make_imported(folder):
     import_sequence(folder)
 
 
-@kind({"out/scene_info/*.npz": "npz", "out/phoenix/**/*.h5": "hdf5", "out/Undistorted_SfM/**/*.jpg": None}, make_imported, share=0.5)
+@kind({"out/scene_info/*.npz": "npz", "out/phoenix/**/*.h5": "hdf5", "out/Undistorted_SfM/**/*.jpg": None},
+      make_imported, share=0.5)
 def imported_sequence(folder):
     import_sequence(folder)
 
@@ -495,6 +519,7 @@ with contextlib.suppress(ImportError):  # pycolmap, after cv2
     def colmap(folder):
         command(preprocess_megadepth.main, "--base_path", folder, "--workers", 1)
 
-    @kind({"MegaDepth_v1_SfM/0000/sparse/manhattan/0/*.txt": "text"}, lambda folder: write_raw(folder, text=True), share=0.5)
+    @kind({"MegaDepth_v1_SfM/0000/sparse/manhattan/0/*.txt": "text"}, lambda folder: write_raw(folder, text=True),
+          share=0.5)
     def colmap_text(folder):
         command(preprocess_megadepth.main, "--base_path", folder, "--workers", 1)

@@ -13,15 +13,19 @@ import numpy as np
 import torch
 import yaml
 
-HEADS = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x89HDF\r\n\x1a\n", b"\x93NUMPY\x01\0v\0", b"PK\x03\x04", b"\x80\x04\x95",
-         b"\x80\x02}q\x00", b"II*\0\x08\0\0\0", b"BM", b"GIF89a", b"%YAML 1.1\n", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"[" * 5000, b"P5\n"]
-TEXTS = ["", " ", "\0", "a\0b", "../up.jpg", "../../up.jpg", "/nowhere/x.jpg", "C:\\x.jpg", "x" * 300, "x" * 5000, "a/b/c",
-         "\udcff\udcfe", "\n", "two\nlines", "é\u202e", "nan", "1e400", "-", "None", "null", "~", ".", "..", "-1", "{}", "%s", "a.b.c", "~/x"]
-NUMBERS = [0, 1, -1, 2, 0.5, float("nan"), float("inf"), -float("inf"), 1e-300, 1e300, -1e9, 2 ** 31, 2 ** 63, -2 ** 63 - 1, 2 ** 64 - 1, 10 ** 400,
+HEADS = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x89HDF\r\n\x1a\n", b"\x93NUMPY\x01\0v\0",
+         b"PK\x03\x04", b"\x80\x04\x95", b"\x80\x02}q\x00", b"II*\0\x08\0\0\0", b"BM", b"GIF89a", b"%YAML 1.1\n", b"\xff\xfe",
+         b"\xef\xbb\xbf", b"{", b"[" * 5000, b"P5\n"]
+TEXTS = ["", " ", "\0", "a\0b", "../up.jpg", "../../up.jpg", "/nowhere/x.jpg", "C:\\x.jpg", "x" * 300, "x" * 5000,
+         "a/b/c", "\udcff\udcfe", "\n", "two\nlines", "é\u202e", "nan", "1e400", "-", "None", "null", "~", ".", "..",
+         "-1", "{}", "%s", "a.b.c", "~/x"]
+NUMBERS = [0, 1, -1, 2, 0.5, float("nan"), float("inf"), -float("inf"), 1e-300, 1e300, -1e9, 2 ** 31, 2 ** 63,
+           -2 ** 63 - 1, 2 ** 64 - 1, 10 ** 400,
            True, 1e9, 3.0]
 DTYPES = ["f4", "f8", "f2", "i1", "i4", "i8", "u1", "u8", "?", "c16", "S3", "U3", "M8[s]", ">f4", "f4,i4"]
-MATRICES = [np.zeros((3, 3)), np.ones((3, 3)), np.eye(4), np.zeros((4, 4)), np.full((3, 3), np.nan), np.diag([1e300, 1e300, 1]),
-            np.diag([1e-300, 1e-300, 1]), -np.eye(3), np.eye(2), np.zeros((0, 2)), np.zeros((0,)), np.zeros(()), np.zeros((2, 0, 3))]
+MATRICES = [np.zeros((3, 3)), np.ones((3, 3)), np.eye(4), np.zeros((4, 4)), np.full((3, 3), np.nan), -np.eye(3),
+            np.diag([1e300, 1e300, 1]), np.diag([1e-300, 1e-300, 1]), np.eye(2), np.zeros((0, 2)), np.zeros((0,)),
+            np.zeros(()), np.zeros((2, 0, 3))]
 
 
 class Odd:
@@ -36,8 +40,8 @@ def odd_value(rng: random.Random):
     nested = []
     for _ in range(rng.choice([2, 50, 200])):
         nested = [nested]
-    return rng.choice([lambda: None, lambda: rng.choice(TEXTS), lambda: rng.choice(NUMBERS), list, dict, lambda: nested, lambda: b"bytes",
-                       lambda: {"a": None}, lambda: ["a", 1, None], lambda: rng.choice(MATRICES), lambda: [[1, 2], [3]], lambda: (1, 2)])()
+    return rng.choice([None, rng.choice(TEXTS), rng.choice(NUMBERS), [], {}, nested, b"bytes", {"a": None},
+                       ["a", 1, None], rng.choice(MATRICES), [[1, 2], [3]], (1, 2)])
 
 
 def odd_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -54,9 +58,10 @@ def odd_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
                 except (OverflowError, ValueError):
                     array.reshape(-1)[places] = rng.choice([0, 1])
         elif way < 7:
-            array = rng.choice([lambda a: a.T, lambda a: a.ravel(), lambda a: a[None], lambda a: a[..., None], lambda a: a[:0], lambda a: a[:1],
-                                lambda a: a[:-1] if a.ndim else a, lambda a: np.concatenate([a, a]) if a.ndim else a, lambda a: a[..., :1],
-                                lambda a: np.concatenate([a, a], -1) if a.ndim else a, lambda a: a[::-1] if a.ndim else a])(np.atleast_1d(array))
+            array = np.atleast_1d(array)
+            array = rng.choice([array.T, array.ravel(), array[None], array[..., None], array[:0], array[:1], array[:-1],
+                                array[::-1], array[..., :1], np.concatenate([array, array]),
+                                np.concatenate([array, array], axis=-1)])
         elif way < 9 and array.dtype.kind in "fiub":
             with np.errstate(all="ignore"):
                 array = array.astype(rng.choice(DTYPES))
@@ -71,7 +76,8 @@ def odd_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
 def odd_text(text: str, rng: random.Random) -> str:
     """A text with a part of it, or all, replaced."""
     place = rng.randrange(len(text) + 1)
-    return rng.choice([rng.choice(TEXTS), text[:place], text[:place] + rng.choice(TEXTS) + text[place:], rng.choice(TEXTS) + text, text * 2])
+    return rng.choice([rng.choice(TEXTS), text[:place], text[:place] + rng.choice(TEXTS) + text[place:],
+                       rng.choice(TEXTS) + text, text * 2])
 
 
 def change(value, rng: random.Random):
@@ -157,7 +163,8 @@ def _record(path, rng):
     content = {name: np.asarray(value if not isinstance(value, list | tuple | dict | type(None) | bytes) else "", None)
                for name, value in content.items() if name}
     content = {name: value.astype("U9") if value.dtype.kind == "O" else value for name, value in content.items()}
-    packed = np.zeros(rng.choice([()] * 20 + [(1,), (0,), (2,)]), [(name, value.dtype, value.shape) for name, value in content.items()])
+    packed = np.zeros(rng.choice([()] * 20 + [(1,), (0,), (2,)]),
+                      [(name, value.dtype, value.shape) for name, value in content.items()])
     for name, value in content.items():
         packed[name] = value
     return _dumped(np.save, packed, rng)
@@ -167,7 +174,8 @@ def _pickle(path, rng):
     with open(path, "rb") as file:
         content = change(pickle.load(file), rng)
     if rng.random() < 0.1:
-        content = rng.choice([lambda: os.getcwd, lambda: Path("x"), lambda: {1, 2}, lambda: 3j, lambda: np.dtype("f4,i4")])()
+        content = rng.choice([lambda: os.getcwd, lambda: Path("x"), lambda: {1, 2}, lambda: 3j,
+                              lambda: np.dtype("f4,i4")])()
     return pickle.dumps(content, protocol=rng.randrange(6))
 
 
@@ -194,7 +202,8 @@ def _yaml(path, rng):
     content = yaml.safe_load(Path(path).read_text())
     if rng.random() < 0.1:
         key = rng.choice(list(content))
-        bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdefgh", "bcdefghi"))
+        bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m,
+                                                               n in zip("abcdefgh", "bcdefghi"))
         return (bomb + f"{key}: *i\n").encode()
     return json.dumps(change(content, rng), default=str).encode()  # which is YAML, less NaN
 
@@ -235,7 +244,8 @@ def _hdf5(path, rng):
         level = content
         for name in names[:-1]:
             level = level[name]
-        level[names[-1]] = Odd(rng.choice(["external link", "soft link", "circle", "external", "huge", "huge chunks", "virtual", "empty", "group",
+        level[names[-1]] = Odd(rng.choice(["external link", "soft link", "circle", "external", "huge", "huge chunks",
+                                           "virtual", "empty", "group",
                                            "compound", "strings", "reference", "named type"]))
     else:
         content = change(content, rng)
@@ -254,7 +264,8 @@ def _write_hdf5(group, content, rng):
             _write_odd(group, name, value.kind)
         else:
             try:
-                group.create_dataset(name, data=value, **rng.choice([{}, {"compression": "gzip"}] if np.ndim(value) and np.size(value) else [{}]))
+                group.create_dataset(name, data=value, **rng.choice([{}, {"compression": "gzip"}] if np.ndim(value)
+                                                                    and np.size(value) else [{}]))
             except (TypeError, ValueError, OverflowError):  # HDF5 cannot hold it
                 group.create_dataset(name, data=str(type(value)))
 
@@ -291,7 +302,8 @@ def _write_odd(group, name, kind):
         group[name] = np.dtype("f4")
 
 
-FORMATS = {"npz": _npz, "npy": _npy, "record": _record, "pkl": _pickle, "pth": _pth, "json": _json, "jsonl": _jsonl, "yaml": _yaml,
+FORMATS = {"npz": _npz, "npy": _npy, "record": _record, "pkl": _pickle, "pth": _pth, "json": _json, "jsonl": _jsonl,
+           "yaml": _yaml,
            "text": _text, "hdf5": _hdf5}
 
 
@@ -300,7 +312,8 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 4])):
         size = len(data)
-        place = min(rng.choice([rng.randrange(size + 1), rng.randrange(min(size, 400) + 1), max(size - 1 - rng.randrange(200), 0)]), size)
+        place = min(rng.choice([rng.randrange(size + 1), rng.randrange(min(size, 400) + 1),
+                                max(size - 1 - rng.randrange(200), 0)]), size)
         n, way = rng.choice([1, 2, 4, 8, 64, 1000]), rng.randrange(9)
         if way < 2 and place < size:
             data[place] ^= 1 << rng.randrange(8)

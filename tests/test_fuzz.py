@@ -16,7 +16,8 @@ from tools import files
 
 def test_damaged_files_end_in_one_line(tmp_path):
     # in a process of its own, as it forks others
-    found = subprocess.run([sys.executable, Path(fuzz.__file__), "--inputs", "50", "--workers", "2", "--keep", tmp_path],
+    found = subprocess.run([sys.executable, Path(fuzz.__file__), "--inputs", "50", "--workers", "2", "--keep",
+                            tmp_path],
                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
@@ -51,7 +52,7 @@ def test_a_death_and_a_hang_are_told_and_the_rest_is_done(tmp_path, monkeypatch)
         while way == 1:
             pass
 
-    monkeypatch.setattr(fuzz, "HANG", 0.2)
+    monkeypatch.setattr(fuzz, "HANG", 1)
     monkeypatch.setitem(KINDS, "odd", replace(KINDS["depth_maps"], use=use, files={"depth.png": None}))
     table = fuzz.fuzz(["odd"], 7)
     assert table.inputs["odd"] == 7 and {cause for cause, _ in table.causes} == {"SIGABRT", "hang"}
