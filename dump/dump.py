@@ -5,22 +5,9 @@
 
 A YAML file of the original (data_name, rawdata_dir, ..., extractor: {name, num_kpt, ...}) is read as it is.
 
-The file has one group per quantity, and in each one dataset per pair, named by its number "0" .. "n-1":
-
-    K1 K2              (3, 3) float64, OpenCV's pixel convention, for the images as stored
-    R T                (3, 3) and (3,) float64: camera 1 -> camera 2, T in the raw data's unit of length
-    e f                (3, 3) float64: essential matrix [T]_x R and fundamental matrix; x2^T e x1 = 0
-    img_path1 img_path2    (1,) string, relative to raw_data_dir; a single string in older files
-    kpt1 kpt2          (N, 3) float32: x, y in pixels of the image as stored, and the score
-    desc1 desc2        (N, D) float32
-    size1 size2        (2,) int32: w, h
-    depth1 depth2      (N,) float32: depth at the keypoints, 0 = unknown; only for images that have a depth map, that
-                       is YFCC test/depths/<image stem>.h5, ScanNet depth/<N>.png (16-bit millimetres) or depth/<N>.h5
-
-kpt, desc, size and depth are stored once per image under images/<img_path>/ and hard-linked into the pairs. A pair of
-which an image, its camera or its pose cannot be read is left out, and the numbers close up. File attributes: `format`
-"imp-eval", `version` 1, `dataset`, `feature_type`, `settings` (JSON); the string dataset `skipped` lists, as JSON, what
-was left out, and `counts` says how much was kept.
+docs/formats.md lists what the file holds. A pair of which an image, its camera or its pose cannot be read is left out,
+and the numbers close up. Depth is for images that have a depth map: YFCC test/depths/<image stem>.h5, ScanNet
+depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
 
 It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, which the next run goes on with, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.
@@ -62,7 +49,7 @@ from dump.workers import (
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_yaml
 from tools.correspondences import depth_at
-from tools.features import DESCRIPTOR_DIM, Features
+from tools.features import FEATURE_TYPES, Features
 from tools.files import (
     atomic_path,
     below,
@@ -103,10 +90,6 @@ DEFAULTS = {
     "resize": [],  # []: full size; [longer side]; [w, h]
     "extractor": {},
     "workers": 0,  # processes; 0: one per core
-}
-EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
-    "sift": {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False},
-    "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
 PART_FIELDS = {"size": Field("i", (2,)), "kpt": Field("f", ("N", 3)), "desc": Field("f", ("N", "D")),
@@ -163,7 +146,7 @@ def load_config(path, arguments: list[str]) -> dict:
             elif isinstance(values.get(key), (str, int, float)):
                 values[key] = [values[key]]
         config = overlay(config, values, source)
-    for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(EXTRACTOR_DEFAULTS))):
+    for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(FEATURE_TYPES))):
         if config[key] not in known:
             raise InputError(f"{key} {config[key]!r} is unknown: known are {', '.join(known)}")
     needed = ["raw_data_dir", "output"] + (["pair_list"] if config["dataset"] == "scannet" else [])
@@ -177,7 +160,7 @@ def load_config(path, arguments: list[str]) -> dict:
         raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
     if config["workers"] < 0:
         raise InputError(f"workers must be at least 1, not {config['workers']}")
-    config["extractor"] = EXTRACTOR_DEFAULTS[config["feature_type"]]
+    config["extractor"] = FEATURE_TYPES[config["feature_type"]].eval_settings
     for nested, source in extractor_values:
         config["extractor"] = overlay(config["extractor"], nested, source)
     return config
@@ -503,7 +486,7 @@ def verify_eval(path) -> tuple[int, list]:
     try:
         with h5py.File(path, "r") as file:
             n_pairs = json.loads(file["counts"].asstr()[()])["pairs"]
-            dim, names, problems = DESCRIPTOR_DIM[file.attrs["feature_type"]], set(), []
+            dim, names, problems = FEATURE_TYPES[file.attrs["feature_type"]].dim, set(), []
             file["images"].visititems(lambda name, item: names.add(name.rpartition("/")[0])
                                       if isinstance(item, h5py.Dataset) else None)
             for name in tqdm(sorted(names), "images verified", disable=None):

@@ -17,6 +17,7 @@ from pathlib import Path
 from eval.image_matcher import ImageMatcher, describe_pose
 from eval.matchers import NETWORKS
 from tools.cli import MOST_KEYPOINTS, InputError, run, whole_number
+from tools.files import check_folder
 from tools.pair_list import read_pair_list
 from tools.visualize import STRIP_COLUMNS, write_strip
 
@@ -33,6 +34,7 @@ def main(argv=None) -> int:
                         help="of an image (default: %(default)s)")
     parser.add_argument("--save_path", default="assets", help="folder of the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_folder(args.save_path)
     pair = read_pair_list(args.pairs)[0]
     if pair.T_0to1 is None:
         raise InputError(f"{args.pairs}: the first pair has no pose, which the errors drawn take")

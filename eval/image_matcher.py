@@ -16,7 +16,7 @@ from tools import checkpoint
 from tools.cli import InputError
 from tools.distributed import choose_device
 from tools.exif import read_exif
-from tools.features import DESCRIPTOR_DIM, Features, build_extractor
+from tools.features import FEATURE_TYPES, Features, build_extractor
 from tools.files import atomic_path, read_image
 from tools.geometry import (
     essential_matrix,
@@ -166,7 +166,7 @@ class ImageMatches:
         return "change" if self.T_0to1 is None else "error"
 
     def save(self, path, settings: dict | None = None) -> None:
-        """Write the npz that eval.match_images describes, atomically; settings: what made it."""
+        """Write the npz that docs/formats.md describes, atomically; settings: what made it."""
         unknown = np.full((3, 3), np.nan)
         arrays = {"version": VERSION, "matches": self.matches, "matching_scores": self.matching_scores,
                   "inliers": self.inliers, "R": unknown if self.R is None else self.R,
@@ -191,10 +191,10 @@ def describe_pose(found: ImageMatches) -> str:
     line = f"{n_inliers} inliers; rotation {angle:.1f} degrees, translation ({direction})"
     if found.T_0to1 is not None:
         error_t, error_R = pose_error(found.T_0to1, found.R, found.t)
-        line += f"; {error_R:.1f} and {error_t:.1f} degrees off"
-    elif not found.translation_determined:
-        line += "; the images differ by a rotation at most"
-    elif n_inliers < DOUBTFUL_INLIERS:
+        line += f"; {error_R:.1f}{f' and {error_t:.1f}' if found.translation_determined else ''} degrees off"
+    if not found.translation_determined:
+        line += "; a rotation alone explains the matches"
+    elif found.T_0to1 is None and n_inliers < DOUBTFUL_INLIERS:
         line += "; doubtful, with so few inliers"
     return line
 
@@ -210,7 +210,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
-        dims = {dim: name for name, dim in DESCRIPTOR_DIM.items()}
+        dims = {kind.dim: name for name, kind in FEATURE_TYPES.items()}
         feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
         if matching_method is None:
             config = content.get("config")
@@ -218,7 +218,8 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
             names = {"gm": "GM", "eimp": "EIMP", "adagmn": "EIMP"}
             matching_method = names.get(trained) or names.get(described.get("network"), "IMP")
         return matching_method, feature_type, str(weights)
-    features = ["spp", "sift"] if checkpoint.find_weights(checkpoint.SUPERPOINT).is_file() else ["sift"]
+    features = [name for name, kind in reversed(FEATURE_TYPES.items())
+                if not kind.weights_file or checkpoint.find_weights(kind.weights_file).is_file()]
     features = features if feature_type is None else [feature_type]
     methods = ["IMP", "EIMP"] if matching_method is None else [matching_method]
     reasons = []
@@ -245,9 +246,8 @@ class ImageMatcher:
                  one_shot: bool = False, seed: int = 0, device: str = "auto"):
         device = str(choose_device(device))
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
-        extractor = {"max_keypoints": max_keypoints}
-        if feature_type == "sift":
-            extractor |= {"contrast_threshold": 1e-5, "unique_locations": True}
+        extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
+        extractor |= {key: True for key in ("unique_locations",) if key in extractor}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
         self.extractor = build_extractor(feature_type, device=device, **extractor)
         self.resize, self.estimator, self.threshold = resize, estimator, threshold
@@ -307,7 +307,7 @@ class ImageMatcher:
         if out.pose is not None:
             rows0, rows1 = matches[out.pose[2]].T
             determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
-                                                   matched_K0, matched_K1, out.pose[0], 2 * self.threshold)
+                                                   matched_K0, matched_K1, out.pose[0], self.threshold)
         R, t, inliers = _as_stored(out.pose, view0, view1) or (None, None, np.zeros(len(matches), bool))
         steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in out.steps]
         return ImageMatches(view0, view1, matches, scores, K0, K1, K_source0, K_source1, R, t, inliers, T_0to1,

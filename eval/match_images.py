@@ -11,22 +11,8 @@ Photographs are matched upright, as their EXIF orientation says, and no larger t
 returned (K, keypoints, sizes, pose) is for the images as stored, at full size, which is how OpenCV reads them with
 cv2.IMREAD_IGNORE_ORIENTATION and how Pillow opens them.
 
-For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.load reads without pickle:
-
-    version                          1
-    image0, image1                   names
-    image_size0, image_size1         (2,) w, h
-    turns0, turns1                   np.rot90 turns at which the image was matched
-    keypoints0, keypoints1           (N, 2) float32, pixels, (0, 0) in the centre of the top-left pixel
-    scores0, scores1                 (N,) float32, of the detector, falling
-    matches                          (M, 2) int64, indices into keypoints0 and keypoints1
-    matching_scores                  (M,) float32
-    K0, K1                           (3, 3), nan where unknown
-    K_source0, K_source1             "given", "EXIF" or "unknown"
-    R, t                             (3, 3), (3,): x1 = R x0 + t, t of length 1; nan without a pose
-    inliers                          (M,) bool, of the pose
-    translation_determined           bool; False: the images differ by a rotation at most, and t means nothing
-    settings                         JSON: what made it
+For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.load reads without pickle;
+docs/formats.md lists its arrays.
 """
 import argparse
 import hashlib
@@ -46,7 +32,7 @@ from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, 
 from eval.matchers import MATCHERS, NETWORKS
 from eval.pose import ESTIMATORS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
 from tools.visualize import write_strip
@@ -262,7 +248,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
     parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
-    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), help="local features (default: likewise)")
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
     parser.add_argument("--one_shot", action="store_true",
                         help="all matches of the last iteration, no poses on the way")

@@ -1,7 +1,7 @@
 """SPEC 7, 8 and 11 once more, word by word and without regard to speed; nets/ is timed against it, and tested by it.
 
 It shares nothing with nets/ but the names of the weights: (B, C, N) tensors and 1x1 convolutions, each view by itself,
-attention matrices written out, Sinkhorn unrolled for autograd, EIMP's samples one by one.
+attention matrices written out, Sinkhorn unrolled for autograd, EIMP's assignments and pooling sample by sample.
 """
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class Straightforward:
         return F.conv1d(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
     def mlp(self, name: str, n_linear: int, views: list[Tensor]) -> list[Tensor]:
-        """views: list of (B, C, N_v); their norm is per view (in) or over all of them (bn)."""
+        """views: list of (B, C, N_v); normalised by view and sample (in), by view (bn), or together (bn of IMP)."""
         index = 0
         for i in range(n_linear):
             views = [self.conv(f"{name}.{index}", x) for x in views]
@@ -45,9 +45,10 @@ class Straightforward:
                 index += 1
             elif self.norm_fn == "bn":
                 s, norm = self.state, f"{name}.{index}"
-                together = F.batch_norm(torch.cat(views, dim=2), s[f"{norm}.running_mean"], s[f"{norm}.running_var"],
-                                        s[f"{norm}.weight"], s[f"{norm}.bias"], self.training, eps=1e-3)
-                views = list(together.split([x.shape[2] for x in views], dim=2))
+                batches = [torch.cat(views, dim=2)] if self.kind == "imp" else views
+                batches = [F.batch_norm(x, s[f"{norm}.running_mean"], s[f"{norm}.running_var"], s[f"{norm}.weight"],
+                                        s[f"{norm}.bias"], self.training, eps=1e-3) for x in batches]
+                views = torch.cat(batches, dim=2).split([x.shape[2] for x in views], dim=2)
                 index += 1
             views = [self.activation(x) for x in views]
             index += 1
@@ -63,13 +64,14 @@ class Straightforward:
     def split_heads(self, x: Tensor) -> Tensor:
         return x.view(len(x), x.shape[1] // HEADS, HEADS, x.shape[2])  # channel c is component c // 4 of head c % 4
 
-    def attention(self, name: str, x: Tensor, source: Tensor, keep: Tensor | None) -> Tensor:
-        """softmax(Q K^T / sqrt(D / 4)), (B, 4, N, M); keep: indices of the keys in use, None for all."""
+    def attention(self, name: str, x: Tensor, source: Tensor, keep: list[Tensor] | None) -> Tensor:
+        """softmax(Q K^T / sqrt(D / 4)), (B, 4, N, M); keep: indices of the keys in use in each sample, None for all."""
         q, k = (self.split_heads(self.conv(f"{name}.proj.{i}", y)) for i, y in enumerate((x, source)))
         logits = torch.einsum("bdhn,bdhm->bhnm", q, k) / (x.shape[1] / HEADS) ** 0.5
         if keep is not None:
-            dropped = torch.ones(source.shape[2], dtype=torch.bool, device=x.device)
-            dropped[keep] = False
+            dropped = torch.ones(len(x), 1, 1, source.shape[2], dtype=torch.bool, device=x.device)
+            for sample, of_sample in zip(dropped, keep):
+                sample[..., of_sample] = False
             logits = logits.masked_fill(dropped, torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1)
 
@@ -110,35 +112,32 @@ class Straightforward:
         """
         n_layers = n_layers or self.n_layers
         x0, x1 = self.encode(data)
+        samples = range(len(x0))
         matrices, result = {}, []
-        for t in range(n_layers if self.kind != "eimp" else min(2, n_layers)):
-            x0, x1 = self.iteration(t, x0, x1, matrices)
-            if not last_only or t == n_layers - 1:
-                result.append([(p, None, None) for p in self.assignment(t, x0, x1)])
-        if self.kind == "eimp" and n_layers > 2:
-            of_samples = [self.run_sample(x0[b:b + 1], x1[b:b + 1], pool_threshold, n_layers, last_only)
-                          for b in range(len(x0))]
-            result += [list(of_iteration) for of_iteration in zip(*of_samples)]
-        return result
-
-    def run_sample(self, x0: Tensor, x1: Tensor, pool_threshold: float, n_layers: int, last_only: bool) -> list:
-        """EIMP from t = 2 on, for one sample; attention is computed anew at t = 2."""
-        keep0, keep1 = (torch.arange(x.shape[2], device=x.device) for x in (x0, x1))
-        matrices, result = {}, []
-        for t in range(2, n_layers):
+        keep0, keep1 = ([torch.arange(x.shape[2], device=x.device) for _ in samples] if self.kind == "eimp" else None
+                        for x in (x0, x1))
+        for t in range(n_layers):
             x0, x1 = self.iteration(t, x0, x1, matrices, keep0, keep1)
-            pools, is_last = t >= 3 and t % 2 == 1, t == n_layers - 1
+            is_last = t == n_layers - 1
+            pools = self.kind == "eimp" and t >= 3 and t % 2 == 1 and not is_last
             if last_only and not pools and not is_last:
                 continue
-            p = self.assignment(t, x0[:, :, keep0], x1[:, :, keep1])[0]
+            if self.kind != "eimp":
+                result.append([(p, None, None) for p in self.assignment(t, x0, x1)])
+                continue
+            kept = [(self.assignment(t, x0[b:b + 1, :, keep0[b]], x1[b:b + 1, :, keep1[b]])[0], keep0[b], keep1[b])
+                    for b in samples]
             if is_last or not last_only:
-                result.append((p, keep0, keep1))
-            if pools and not is_last:
+                result.append(kept)
+            if pools:
                 masses = [matrices["self"][0], matrices["cross"][1], matrices["self"][1], matrices["cross"][0]]
-                masses = [m[0].sum(dim=(0, 1)) / m[0].sum() for m in masses]
-                keep0, keep1 = (self.pool(p, keep0, masses[0], masses[1], pool_threshold),
-                                self.pool(p.T, keep1, masses[2], masses[3], pool_threshold))
-        self.n_dropped += x0.shape[2] - len(keep0) + x1.shape[2] - len(keep1)
+                masses = [m.sum(dim=(1, 2)) / m.sum(dim=(1, 2, 3)).unsqueeze(1) for m in masses]
+                keep0 = [self.pool(p, keep, masses[0][b], masses[1][b], pool_threshold)
+                         for b, (p, keep, _) in enumerate(kept)]
+                keep1 = [self.pool(p.T, keep, masses[2][b], masses[3][b], pool_threshold)
+                         for b, (p, _, keep) in enumerate(kept)]
+        if self.kind == "eimp":
+            self.n_dropped += sum(x.shape[2] - len(keep) for x, keeps in ((x0, keep0), (x1, keep1)) for keep in keeps)
         return result
 
     def pool(self, p: Tensor, keep: Tensor, mass_self: Tensor, mass_cross: Tensor, threshold: float) -> Tensor:

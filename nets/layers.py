@@ -22,11 +22,12 @@ def normalize_keypoints(keypoints: Tensor, image_size: Tensor) -> Tensor:
 class Views:
     """How the keypoints of a batch lie in (B, N, C): those of one view after those of the other.
 
-    sizes: number of keypoints of each view; masks: (B, N_v) or None each, True = real keypoint, False = padding.
+    sizes: number of keypoints of each view; masks: (B, N_v) or None each, True = real keypoint, False = padding;
+    together: whether batch statistics are of all views at once, instead of one view after the other.
     """
 
-    def __init__(self, sizes: list[int], masks: list[Tensor | None]):
-        self.sizes, self.masks = sizes, masks
+    def __init__(self, sizes: list[int], masks: list[Tensor | None], together: bool = False):
+        self.sizes, self.masks, self.together = sizes, masks, together
         self.slices = [slice(sum(sizes[:v]), sum(sizes[:v + 1])) for v in range(len(sizes))]
         self._weights = None
 
@@ -43,12 +44,15 @@ class Views:
                 self._weights.append(real / real.sum(dim=2, keepdim=True).clamp(min=1))
         return self._weights
 
-    def mask(self, x: Tensor) -> Tensor | None:
-        """Real keypoints of x (B, N, C), (B, N); None if all are."""
+    def batches(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """What batch statistics are taken of: parts (B, N_v, C) of x (B, N, C), and which of each are real keypoints,
+        (B, N_v), or None if all are."""
+        if not self.together:
+            return list(zip(self.split(x), self.masks))
         if all(mask is None for mask in self.masks):
-            return None
-        return torch.cat([x.new_ones(len(x), n, dtype=torch.bool) if mask is None else mask
-                          for n, mask in zip(self.sizes, self.masks)], dim=1)
+            return [(x, None)]
+        return [(x, torch.cat([x.new_ones(len(x), n, dtype=torch.bool) if mask is None else mask
+                               for n, mask in zip(self.sizes, self.masks)], dim=1))]
 
 
 class Linear(nn.Conv1d):
@@ -117,12 +121,18 @@ class InstanceNorm(nn.Module):
         return _Standardize.apply(x, views)
 
 
-def _batch_norm(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """BatchNorm over the keypoints of all views and samples together: one update of the running statistics."""
-    if mask is None or not norm.training:
+def _batch_norm(norm: nn.Module, x: Tensor, views: Views) -> Tensor:
+    """BatchNorm over the keypoints of all samples: one update of the running statistics, or one for each view."""
+    if not norm.training:
         return norm(x.flatten(0, 1)).view_as(x)
-    y = norm(x[mask])
-    return torch.zeros_like(x, dtype=y.dtype).masked_scatter(mask.unsqueeze(-1), y)
+    parts = []
+    for part, mask in views.batches(x):
+        if mask is None:
+            parts.append(norm(part.flatten(0, 1)).view_as(part))
+        else:
+            y = norm(part[mask])
+            parts.append(torch.zeros_like(part, dtype=y.dtype).masked_scatter(mask.unsqueeze(-1), y))
+    return torch.cat(parts, dim=1)
 
 
 class MLP(nn.Sequential):
@@ -143,21 +153,13 @@ class MLP(nn.Sequential):
         super().__init__(*modules)
         nn.init.zeros_(self[-1].bias)
 
-    def forward(self, x: Tensor, views: Views, per_sample: bool = False, start: int = 0) -> Tensor:
-        """x (B, N, C_in) -> (B, N, C_out), by the modules from `start` on.
-
-        per_sample: batch statistics are taken of one sample after the other instead of over the batch (SPEC 11).
-        """
+    def forward(self, x: Tensor, views: Views, start: int = 0) -> Tensor:
+        """x (B, N, C_in) -> (B, N, C_out), by the modules from `start` on."""
         for module in list(self)[start:]:
             if isinstance(module, InstanceNorm):
                 x = module(x, views)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-                mask = views.mask(x)
-                if per_sample and module.training:
-                    masks = [None] * len(x) if mask is None else mask.split(1)
-                    x = torch.cat([_batch_norm(module, sample, m) for sample, m in zip(x.split(1), masks)])
-                else:
-                    x = _batch_norm(module, x, mask)
+                x = _batch_norm(module, x, views)
             else:
                 x = module(x)
         return x
@@ -350,12 +352,11 @@ class _AttentionLayer(nn.Module):
         self._kept = None
         return super().train(mode)
 
-    def _update(self, x: Tensor, messages: list[Tensor], weight: Tensor, bias: Tensor, views: Views,
-                per_sample: bool) -> Tensor:
+    def _update(self, x: Tensor, messages: list[Tensor], weight: Tensor, bias: Tensor, views: Views) -> Tensor:
         """x + MLP([x, merge(messages)]); messages (B, heads, N_v, d) of each view, the rest as from `_weights`."""
         message = torch.cat([m.transpose(1, 2) for m in messages], dim=1).flatten(2)
         hidden = F.linear(torch.cat([x, message], dim=-1), weight, bias)
-        return x + self.mlp(hidden, views, per_sample, start=1)
+        return x + self.mlp(hidden, views, start=1)
 
 
 class Attention(nn.Module):
@@ -376,7 +377,7 @@ class OwnAttentionLayer(_AttentionLayer):
         self.attn = Attention(dim)
         self.mlp = MLP([2 * dim, 2 * dim, dim], norm_fn, ac_fn)
 
-    def forward(self, x: Tensor, views: Views, cross: bool, per_sample: bool, use: tuple[Keys, Keys], earlier):
+    def forward(self, x: Tensor, views: Views, cross: bool, use: tuple[Keys, Keys], earlier):
         """x (B, N0 + N1, D); use: which keypoints of view 0 and of view 1 are keys; earlier: the two matrices of the
         layer of the same kind before, which are not needed any more, or None.
 
@@ -390,7 +391,7 @@ class OwnAttentionLayer(_AttentionLayer):
         memory0, memory1 = (None, None) if earlier is None else (matrix.matrix for matrix in earlier)
         attention = (AttentionMatrix(q0, k0, use0, self.is_shared, memory0),
                      AttentionMatrix(q1, k1, use1, self.is_shared, memory1))
-        return self._update(x, [attention[0] @ v0, attention[1] @ v1], weight, bias, views, per_sample), attention
+        return self._update(x, [attention[0] @ v0, attention[1] @ v1], weight, bias, views), attention
 
 
 class SharedAttentionLayer(_AttentionLayer):
@@ -402,11 +403,11 @@ class SharedAttentionLayer(_AttentionLayer):
         self.merge = Linear(dim, dim)
         self.mlp = MLP([2 * dim, 2 * dim, dim], norm_fn, ac_fn)
 
-    def forward(self, x: Tensor, views: Views, cross: bool, per_sample: bool, attention) -> Tensor:
+    def forward(self, x: Tensor, views: Views, cross: bool, attention) -> Tensor:
         """As `OwnAttentionLayer.forward`, with the two matrices given. Returns x."""
         *of_heads, weight, bias = self._weights([self.proj], self.merge)
         (values,) = _heads(F.linear(x, *of_heads), 1)
         v0, v1 = views.split(values, dim=2)
         if cross:
             v0, v1 = v1, v0
-        return self._update(x, [attention[0] @ v0, attention[1] @ v1], weight, bias, views, per_sample)
+        return self._update(x, [attention[0] @ v0, attention[1] @ v1], weight, bias, views)

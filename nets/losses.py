@@ -8,7 +8,8 @@ from nets.assignment import mutual_matches
 from nets.eight_point import MIN_GAP, eight_point_with_gap
 
 _EPS = 1e-8
-_MAX_EPIPOLAR = 0.1  # squared distance in units of the focal length; OANet's
+POSE_CLAMP = 0.1  # of squared distances in units of the focal length; OANet's
+POSE_FORMS = {"normalised": (0.0, True), "plain": (0.2, False)}  # score that a match is above, Hartley's normalisation
 
 
 class Targets(NamedTuple):
@@ -89,18 +90,19 @@ def _drop_bad_gradients(grad: Tensor) -> Tensor:
     return torch.where(torch.isfinite(grad).all(dim=1, keepdim=True), grad, 0)
 
 
-def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: Tensor,
-                          has_pose: Tensor) -> tuple[Tensor, Tensor]:
+def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: Tensor, has_pose: Tensor,
+                          clamp: float = POSE_CLAMP, form: str = "normalised") -> tuple[Tensor, Tensor]:
     """How far true matches lie from the epipolar geometry of the predicted ones: loss and samples used, scalars.
 
     assignment (B, N0+1, N1+1); targets: true matches; x0 (B, N0, 2), x1 (B, N1, 2): keypoints in normalised camera
     coordinates; has_pose (B,): 0 where they have none.
 
     E_hat is the weighted eight-point solution of the mutual argmax of the assignment, each match weighing its score;
-    the loss of a sample is the mean over its true matches of the `epipolar_distance` to E_hat, at most 0.1 each. The
+    the loss of a sample is the mean over its true matches of the `epipolar_distance` to E_hat, at most clamp each. The
     predicted matches are what a pose is computed from when the network is used, and gradients then lower the scores
     of the wrong ones. The true matches' entries would all agree with the pose, and hardly give a gradient. No score
-    threshold: the weight does its work, and what lies below would get no gradient.
+    threshold: the weight does its work, and what lies below would get no gradient. That is the form "normalised"; the
+    form "plain", an earlier one of the paper's authors, takes matches above 0.2 alone, and no Hartley normalisation.
 
     A sample without pose or true matches, with fewer than 8 predicted matches, with an E_hat that these do not
     determine, or with values that are not finite, counts as 0 and is not among those used. The loss is a mean over
@@ -108,7 +110,8 @@ def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: 
     """
     n1 = assignment.shape[2] - 1
     with torch.autocast(assignment.device.type, enabled=False):
-        matches0 = mutual_matches(assignment, 0.0)[0]
+        threshold, normalize = POSE_FORMS[form]
+        matches0 = mutual_matches(assignment, threshold)[0]
         predicted = matches0 >= 0
         partners = matches0.clamp(min=0).unsqueeze(-1)
         scores = assignment[:, :-1, :-1].gather(2, partners).squeeze(-1)
@@ -122,9 +125,9 @@ def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: 
         w = torch.where(predicted & used.unsqueeze(-1), scores, 0)
         if w.requires_grad:
             w.register_hook(_drop_bad_gradients)
-        E, gap = eight_point_with_gap(x0, x1.gather(1, partners.expand(-1, -1, 2)), w)
+        E, gap = eight_point_with_gap(x0, x1.gather(1, partners.expand(-1, -1, 2)), w, normalize)
         true1 = targets.matches0.clamp(0, n1 - 1).unsqueeze(-1).expand(-1, -1, 2)
-        distance = epipolar_distance(x0, x1.gather(1, true1), E).clamp(max=_MAX_EPIPOLAR)
+        distance = epipolar_distance(x0, x1.gather(1, true1), E).clamp(max=clamp)
         losses = _mean_per_sample(distance, true)[0]
         used = used & (gap > MIN_GAP) & torch.isfinite(losses)
         return torch.where(used, losses, 0).mean(), used.sum()

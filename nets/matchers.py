@@ -16,7 +16,14 @@ from nets.layers import (
     Views,
     normalize_keypoints,
 )
-from nets.losses import matching_loss_from_targets, pose_consistency_loss, restrict, targets_from_mask
+from nets.losses import (
+    POSE_CLAMP,
+    Targets,
+    matching_loss_from_targets,
+    pose_consistency_loss,
+    restrict,
+    targets_from_mask,
+)
 from nets.pooling import keep_indices, keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
@@ -48,7 +55,7 @@ class MatchingState:
     def _set_views(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> None:
         self.x = torch.cat([x0, x1], dim=1)
         self.mask0, self.mask1 = mask0, mask1
-        self.views = Views([x0.shape[1], x1.shape[1]], [mask0, mask1])
+        self.views = Views([x0.shape[1], x1.shape[1]], [mask0, mask1], self.matcher.views_together)
 
     def _set_keep(self, keep0: Tensor | None, keep1: Tensor | None) -> None:
         self.keep0, self.keep1 = keep0, keep1
@@ -67,14 +74,13 @@ class MatchingState:
         """One iteration: self-attention, then cross-attention."""
         self.iteration += 1
         self._assignment = None
-        per_sample = self.matcher.pools and self.iteration >= 2
         for cross in (False, True):
             layer = self.matcher.gnn.layers[2 * self.iteration + cross]
             attention = self.attention_cross if cross else self.attention_self
             if isinstance(layer, SharedAttentionLayer):
-                self.x = layer(self.x, self.views, cross, per_sample, attention)
+                self.x = layer(self.x, self.views, cross, attention)
                 continue
-            self.x, attention = layer(self.x, self.views, cross, per_sample, self.keys, attention)
+            self.x, attention = layer(self.x, self.views, cross, self.keys, attention)
             if cross:
                 self.attention_cross = attention
             else:
@@ -178,6 +184,7 @@ class Matcher(nn.Module):
 
     shares_attention = False  # whether layers reuse the attention matrix of the iteration before
     pools = False  # whether keypoints are dropped on the way
+    views_together = False  # whether layers with BatchNorm take statistics of both views at once
 
     def __init__(self, descriptor_dim=256, n_layers=15, norm_fn="in", ac_fn="relu", with_sinkhorn=True,
                  sinkhorn_iterations=20, match_threshold=0.2, n_min_tokens=256):
@@ -221,15 +228,17 @@ class Matcher(nn.Module):
             state.advance()
             yield state
 
-    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0) -> dict:
+    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0,
+                pose_clamp: float = POSE_CLAMP, pose_form: str = "normalised") -> dict:
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
         With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
         iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr, total_matches (counts per sample
-        and iteration), and per_iteration, a dict of the same names but loss to (L,) each; every iteration's assignment
-        is then computed. With pose_weight > 0 besides, the scalars pose_loss
-        (mean over iterations) and pose_samples (how many samples of the batch it could use, mean over iterations), and
-        loss is the matching loss plus pose_weight times pose_loss.
+        and iteration, of all keypoints: those that pooling dropped count as unmatched), and per_iteration, a dict of
+        the same names but loss to (L,) each; every iteration's assignment is then computed. With pose_weight > 0
+        besides, the scalars pose_loss (mean over iterations) and pose_samples (how many samples of the batch it could
+        use, mean over iterations), and loss is the matching loss plus pose_weight times pose_loss; pose_clamp,
+        pose_form: as for `pose_consistency_loss`.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
         targets = targets_from_mask(data["matching_mask"]) if "matching_mask" in data else None
@@ -237,10 +246,11 @@ class Matcher(nn.Module):
         for state in self.iterate(data, n_layers):
             if targets is not None:
                 kept = restrict(targets, state.keep0, state.keep1)
-                supervised.append(self._supervise(state, kept))
+                supervised.append((*matching_loss_from_targets(state.assignment, kept), *self._count(state, targets)))
                 if pose_weight > 0:
                     posed.append(pose_consistency_loss(state.assignment, kept, data["camera_keypoints0"],
-                                                       data["camera_keypoints1"], data["has_pose"]))
+                                                       data["camera_keypoints1"], data["has_pose"], pose_clamp,
+                                                       pose_form))
             if state.iteration == n_layers - 1:
                 matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
             elif self.pools and pools_after(state.iteration):
@@ -260,16 +270,15 @@ class Matcher(nn.Module):
             out["loss"] = out["loss"] + pose_weight * out["pose_loss"]
         return out
 
-    def _supervise(self, state: MatchingState, targets):
-        """Losses and counts of one iteration, scalars in the order `forward` names them; targets of kept keypoints."""
-        corr, incorr = matching_loss_from_targets(state.assignment, targets)
+    def _count(self, state: MatchingState, targets: Targets) -> Iterator[Tensor]:
+        """Counts of one iteration, scalars in the order `forward` names them; targets of all keypoints."""
         matches0 = mutual_matches(state.assignment, self.match_threshold)[0]
         n1 = state.x1.shape[1]
         is_match = (targets.matches0 >= 0) & (targets.matches0 < n1)
         is_dustbin = targets.matches0 == n1
         counts = (is_match & (matches0 == targets.matches0), is_dustbin & (matches0 < 0), is_match, is_dustbin,
                   (is_match | is_dustbin) & (matches0 >= 0))
-        return corr, incorr, *(count.sum() / len(matches0) for count in counts)
+        return (count.sum() / len(matches0) for count in counts)
 
     @torch.no_grad()
     def match_all_iterations(self, data: dict, threshold: float = 0.2, pool_threshold: float = POOL_THRESHOLD,
@@ -293,6 +302,7 @@ class IMP(Matcher):
     """From iteration 3 on, every other iteration shares the attention of the one before."""
 
     shares_attention = True
+    views_together = True
 
 
 class EIMP(Matcher):

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 HEADS = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x89HDF\r\n\x1a\n", b"\x93NUMPY\x01\0v\0",
-         b"PK\x03\x04", b"\x80\x04\x95", b"\x80\x02}q\x00", b"II*\0\x08\0\0\0", b"BM", b"GIF89a", b"%YAML 1.1\n", b"\xff\xfe",
-         b"\xef\xbb\xbf", b"{", b"[" * 5000, b"P5\n"]
+         b"PK\x03\x04", b"\x80\x04\x95", b"\x80\x02}q\x00", b"II*\0\x08\0\0\0", b"BM", b"GIF89a", b"%YAML 1.1\n",
+         b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"[" * 5000, b"P5\n"]
 TEXTS = ["", " ", "\0", "a\0b", "../up.jpg", "../../up.jpg", "/nowhere/x.jpg", "C:\\x.jpg", "x" * 300, "x" * 5000,
          "a/b/c", "\udcff\udcfe", "\n", "two\nlines", "é\u202e", "nan", "1e400", "-", "None", "null", "~", ".", "..",
          "-1", "{}", "%s", "a.b.c", "~/x"]

@@ -50,8 +50,8 @@ class Oracle(Straightforward):
             n_samples = len(of_iteration)
             columns, rows = [], []
             for b, (p, keep0, keep1) in enumerate(of_iteration):
-                keep0 = range(len(p) - 1) if keep0 is None else keep0.tolist()
-                keep1 = range(p.shape[1] - 1) if keep1 is None else keep1.tolist()
+                keep0, keep1 = ((range(n - 1) if keep is None else keep.tolist())
+                                for keep, n in ((keep0, len(p)), (keep1, p.shape[1])))
                 pairs = [(i, keep1.index(j)) for i, j in enumerate(gt0[b, list(keep0)].tolist()) if j in keep1]
                 bins0 = sorted(set(range(len(keep0))) - {i for i, _ in pairs})
                 bins1 = sorted(set(range(len(keep1))) - {j for _, j in pairs})
@@ -62,11 +62,11 @@ class Oracle(Straightforward):
                     columns.append(-log[bins0, -1].mean())
                 if bins1:
                     rows.append(-log[-1, bins1].mean())
-                found = self.mutual(p)
-                sums["acc_corr"] += sum(found.get(i) == j for i, j in pairs) / n_samples
-                sums["acc_incorr"] += sum(i not in found for i in bins0) / n_samples
-                sums["total_acc_corr"] += len(pairs) / n_samples
-                sums["total_acc_incorr"] += len(bins0) / n_samples
+                found = {keep0[i]: keep1[j] for i, j in self.mutual(p).items()}
+                for i, j in enumerate(gt0[b].tolist()):
+                    kind = "incorr" if j < 0 else "corr"
+                    sums[f"acc_{kind}"] += (found.get(i, -1) == j) / n_samples
+                    sums[f"total_acc_{kind}"] += 1 / n_samples
             sums["matching_loss_incorr"] += sum(sum(side) / len(side) for side in (columns, rows) if side) / 2
         out = {name: value / self.n_layers for name, value in sums.items()}
         return {"loss": out["matching_loss_corr"] + out["matching_loss_incorr"], **out}

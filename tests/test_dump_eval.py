@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from plane_scene import SIZE, K, files_of, poses, texture, transfer, view
+from test_formats import rows_of
 
 from dump import shards, workers
 from dump.dump import load_config, main
@@ -150,6 +151,11 @@ def test_yfcc(raw, finished):
         x, y = expected.keypoints.astype(int).T
         np.testing.assert_array_equal(file["depth1"]["0"][:], depth[y, x])
     assert not Path(f"{finished}.parts").exists()
+
+
+def test_the_formats_say_what_there_is(finished):
+    with h5py.File(finished, "r") as file:
+        assert set(file) - {"images", "counts", "skipped"} == set(rows_of("## Evaluation features"))
 
 
 def test_features_are_stored_once(finished):

@@ -444,13 +444,17 @@ def test_the_python_way(scene, weights):
     assert found.draw().ndim == 3
 
 
-def test_overview(scene, tmp_path, weights):
+def test_overview(scene, tmp_path, weights, capsys, monkeypatch):
     write_pair_list(tmp_path / "pair.txt", [make_pair(0, 1)])
     words = ["--weights", weights, "--pairs", tmp_path / "pair.txt", "--save_path", tmp_path / "out",
              "--max_keypoints", 400, "--image_dir"]
     assert run(draw_overview.main, [str(word) for word in (*words, scene / "images")]) == 0
     assert names_in(tmp_path / "out") == ["iterations.gif", "overview.png"]
     assert run(draw_overview.main, [str(word) for word in (*words, tmp_path / "none")]) == 2
+    words[5] = tmp_path / "pair.txt"
+    monkeypatch.setattr(draw_overview, "ImageMatcher", None)  # before any work
+    assert run(draw_overview.main, [str(word) for word in (*words, scene / "images")]) == 2
+    assert "pair.txt is a file, not a folder to write to" in capsys.readouterr().err
 
 
 # which model
@@ -585,7 +589,11 @@ def test_two_identical_images_determine_no_translation(scene, capsys):
     found = match_images.match_images(image, image.copy(), CAMERAS[0], CAMERAS[0], matching_method="NN_ratio",
                                       feature_type="sift")
     assert found.R is not None and not found.translation_determined
-    assert "translation (not determined)" in describe_pose(found)
+    assert describe_pose(found).endswith("translation (not determined); a rotation alone explains the matches")
+    found.T_0to1 = np.eye(4)  # a true pose judges the rotation: the translation is arbitrary
+    assert "(not determined); 0.0 degrees off; a rotation alone" in describe_pose(found)
+    found.translation_determined = True
+    assert describe_pose(found).endswith("; 0.0 and 0.0 degrees off")
 
 
 @pytest.mark.parametrize("image, said", [

@@ -116,6 +116,8 @@ def test_losses_gradients_and_running_statistics_as_the_oracle(case):
     for name, value in matcher.state_dict().items():
         if "running" in name:
             close(value, oracle.state[name])
+        elif "num_batches" in name:  # how often they were updated
+            assert value == (1 if case[0] == "imp" and name.startswith("gnn") else 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

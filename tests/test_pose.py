@@ -193,3 +193,34 @@ def test_translation_of_a_camera_that_turned_on_the_spot_is_not_determined(noise
     keypoints0, keypoints1, T_0to1 = two_views(noise=noise)
     assert translation_is_determined(keypoints0, keypoints1, K0, K1, T_0to1[:3, :3], 3.0)
     assert not translation_is_determined(np.zeros((0, 2)), np.zeros((0, 2)), K0, K1, np.eye(3), 3.0)
+
+
+def views_of(n_far=0, n_near=0, noise=0.0, t=(0.0, 0.0, 0.0), plane=False, seed=0):
+    """Matches of points 10 km away and of near ones, 2 to 3 m away or on the plane z = 2, and the rotation between."""
+    rng = np.random.default_rng(seed)
+    keypoints0 = rng.uniform([0, 0], [640, 480], (n_far + n_near, 2))
+    depth = np.r_[np.full(n_far, 1e4), np.full(n_near, 2.0) if plane else rng.uniform(2, 3, n_near)]
+    T_0to1 = make_pose(Rotation.from_rotvec([4, -9, 6], degrees=True).as_matrix(), t)
+    points = np.c_[to_camera_coordinates(keypoints0, K0), np.ones(len(depth))] * depth[:, None]
+    keypoints1, _ = project(points, K0, T_0to1)
+    return keypoints0 + rng.normal(0, noise, keypoints0.shape), keypoints1 + rng.normal(0, noise, keypoints1.shape), \
+        T_0to1[:3, :3]
+
+
+@pytest.mark.parametrize("determined, views", [
+    (False, {"n_far": 300, "noise": 0.0}), (False, {"n_far": 300, "noise": 0.5}), (False, {"n_far": 300, "noise": 1.2}),
+    (False, {"n_far": 2000, "noise": 1.0}), (False, {"n_far": 20, "noise": 0.5}),
+    (False, {"n_near": 300, "noise": 0.5, "t": (0.001, 0, 0)}),  # a hand that trembles
+    (True, {"n_far": 300, "n_near": 12, "noise": 0.5, "t": (0.1, 0, 0)}),
+    (True, {"n_far": 300, "n_near": 12, "noise": 1.0, "t": (0.1, 0.02, 0.05)}),
+    (False, {"n_far": 100, "n_near": 5, "noise": 0.5, "t": (0.1, 0, 0)}),  # as many as wrong matches may be
+    (True, {"n_near": 300, "noise": 0.5, "t": (0.3, 0, 0)}), (True, {"n_near": 300, "noise": 0.5, "t": (0, 0, 0.3)}),
+    (True, {"n_near": 300, "noise": 0.5, "t": (0.5, 0, 0), "plane": True}), (True, {"n_near": 7, "t": (0.5, 0, 0.2)}),
+])
+def test_a_translation_is_determined_by_what_no_rotation_explains(determined, views):
+    for seed in range(5):
+        keypoints0, keypoints1, R = views_of(**views, seed=seed)
+        assert translation_is_determined(keypoints0, keypoints1, K0, K0, R, 1.0) is determined
+        # whatever rotation the estimator gave where it may mix both up
+        R = Rotation.from_rotvec([1, 3, -1], degrees=True).as_matrix() @ R
+        assert translation_is_determined(keypoints0, keypoints1, K0, K0, R, 1.0) is determined

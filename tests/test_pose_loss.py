@@ -45,6 +45,63 @@ def test_epipolar_distance_is_that_to_the_lines_of_the_other_view():
             assert epipolar_distance(x0, x1, E)[b, i].item() == pytest.approx(total.item(), rel=1e-5)
 
 
+def make_sideways(scores=(0.5,) * 10, offsets=(0.0, 0.01, 0.1, 0.4)):
+    """Matches i - i with these scores of cameras that differ by a step along x, and true matches that are not
+    predicted, so much higher in view 1. A point at a height y lies on the line y of the other view: the epipolar
+    distance is twice the offset squared."""
+    n = len(scores) + len(offsets)
+    x0 = 0.8 * uniform(1, n, 2) - 0.4
+    x1 = x0 + torch.stack([-1 / (2 + 4 * uniform(1, n, seed=2)), torch.zeros(1, n)], dim=-1)
+    x1[0, len(scores):, 1] += torch.tensor(offsets)
+    assignment = torch.zeros(1, n + 1, n + 1, dtype=torch.float64)
+    assignment[0].diagonal()[:len(scores)] = torch.tensor(scores)
+    true = torch.where(torch.arange(n) < len(scores), n, torch.arange(n))[None]
+    return assignment, Targets(true, true), x0, x1, torch.ones(1)
+
+
+@pytest.mark.parametrize("clamp, expected", [(0.1, (0 + 2e-4 + 0.02 + 0.1) / 4), (5e-4, (0 + 2e-4 + 5e-4 + 5e-4) / 4)])
+@pytest.mark.parametrize("form", losses.POSE_FORMS)
+def test_values_of_both_forms(form, clamp, expected):
+    loss, used = pose_consistency_loss(*make_sideways(), clamp, form)
+    assert used == 1
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    # wrong predicted matches, the last two, count in the plain form if their score is above 0.2
+    for score, counts in ((0.19, form == "normalised"), (0.21, True)):
+        assignment, targets, x0, x1, has_pose = make_sideways((0.5,) * 10 + (score,) * 2)
+        x1[0, 10:12, 1] += 0.2
+        loss, used = pose_consistency_loss(assignment, targets, x0, x1, has_pose, clamp, form)
+        assert used == 1
+        assert (loss.item() != pytest.approx(expected, rel=1e-3)) == counts
+    _, used = pose_consistency_loss(*make_sideways((0.5,) * 7 + (0.19,) * 3), clamp, form)
+    assert used == (form == "normalised")
+
+
+@pytest.mark.parametrize("form", losses.POSE_FORMS)
+def test_the_solution_of_both_forms(form):
+    """Against one sample at a time, by the singular vectors of the weighted rows."""
+    assignment, targets, x0, x1, has_pose = make_case(noise=0.02)
+    total = 0
+    for b in range(2):
+        predicted = assignment[b, :-1, :-1].argmax(dim=1)
+        w = assignment[b, torch.arange(30), predicted].detach()
+        sides = []
+        for x in (x0[b], x1[b][predicted]):
+            T = torch.eye(3, dtype=torch.float64)
+            if form == "normalised":
+                centre = (w[:, None] * x).sum(dim=0) / w.sum()
+                scale = (2 * w.sum() / (w * (x - centre).square().sum(dim=1)).sum()).sqrt()
+                T = torch.tensor([[scale, 0, -scale * centre[0]], [0, scale, -scale * centre[1]], [0, 0, 1]]).double()
+            sides.append((torch.cat([x, torch.ones(30, 1)], dim=1) @ T.T, T))
+        (p0, T0), (p1, T1) = sides
+        rows = w.sqrt()[:, None] * torch.einsum("ni,nj->nij", p1, p0).flatten(1)
+        E = T1.T @ torch.linalg.svd(rows).Vh[-1].view(3, 3) @ T0
+        distances = epipolar_distance(x0[b:b + 1], x1[b:b + 1], (E / E.norm())[None])
+        total += distances.clamp(max=5e-4).mean() / 2
+    loss, used = pose_consistency_loss(assignment, targets, x0, x1, has_pose, 5e-4, form)
+    assert used == 2
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
+
+
 def test_right_matches_cost_nothing_and_wrong_ones_do():
     loss, used = pose_consistency_loss(*make_case(n_wrong=0, noise=0))
     assert used == 2
@@ -178,7 +235,7 @@ def test_gradients_that_are_not_finite_are_dropped_sample_by_sample(monkeypatch)
             return grad
 
     solve = losses.eight_point_with_gap
-    monkeypatch.setattr(losses, "eight_point_with_gap", lambda x0, x1, w: solve(x0, x1, Spoilt.apply(w)))
+    monkeypatch.setattr(losses, "eight_point_with_gap", lambda x0, x1, w, *rest: solve(x0, x1, Spoilt.apply(w), *rest))
     loss, _ = pose_consistency_loss(*case)
     (gradient,) = torch.autograd.grad(loss, case[0])
     assert (gradient[0] == 0).all()
@@ -302,6 +359,15 @@ def test_a_training_run(tmp_path):
         assert total[step] == pytest.approx(corr[step] + incorr[step] + 10 * value, rel=1e-5)
     assert all(torch.equal(plain[name], late[name]) for name in plain)
     assert not all(torch.equal(plain[name], posed[name]) for name in plain)
+
+    run("early", "--pose_form", "plain", "--pose_clamp", "5e-4", "--pose_weight", "5000", "--pose_start", "0",
+        "--epochs", "1", "--its_per_epoch", "2")
+    loss, total, corr, incorr = (dict(scalars(tmp_path / "early", f"train/{name}")) for name in
+                                 ("pose_loss", "loss", "matching_loss_corr", "matching_loss_incorr"))
+    assert list(loss) == [1, 2]
+    for step, value in loss.items():
+        assert 0 < value <= 5e-4
+        assert total[step] == pytest.approx(corr[step] + incorr[step] + 5000 * value, rel=1e-5)
 
 
 @pytest.mark.parametrize("network", ["", "_eimp"])

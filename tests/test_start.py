@@ -4,7 +4,7 @@ import torch
 
 from nets import build_matcher
 from training.config import DEFAULTS
-from training.start import warm_start
+from training.start import branch_ends, warm_start
 from training.trainer import build
 
 
@@ -45,3 +45,4 @@ def test_published_start():
         for proj in attn.proj:
             assert torch.equal(proj.weight, attn.merge.weight) and torch.equal(proj.bias, attn.merge.bias)
     assert not torch.equal(own[0].merge.weight, own[1].merge.weight)
+    assert all((end.bias == 0).all() and (end.weight != 0).any() for end in branch_ends(matcher))

@@ -1,4 +1,5 @@
 """The knobs of training, with what they are when a config does not say."""
+from nets.losses import POSE_CLAMP, POSE_FORMS
 from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
 
@@ -62,9 +63,13 @@ DEFAULTS = {
     "its_per_epoch": 1000,  # steps; -1: as many as one draw of pairs gives
     # pose-consistency loss
     "with_pose": False,
-    # The pose loss, which is 0.1 at most, then adds 1 at most. On small scenes its gradient was 0.1 to 1.5 times the
-    # matching loss's once most matches were right, and less before.
+    # The pose loss, which is pose_clamp at most, then adds 1 at most. On small scenes its gradient was 0.1 to 1.5 times
+    # the matching loss's once most matches were right, and less before.
     "pose_weight": 10.0,
+    "pose_clamp": POSE_CLAMP,  # squared distance of a true match to the pose, at most, in units of the focal length
+    # plain: an earlier form of the paper's authors, of matches above 0.2 and without Hartley's normalisation; with it
+    # go pose_clamp 5e-4, pose_weight 5000, pose_start 0
+    "pose_form": "normalised",
     "pose_start": 20000,  # steps after which it is switched on: by then matches are good enough for eight points
     "max_minutes": 0.0,  # stop cleanly after so long; 0: no limit
     "seed": 0,
@@ -87,6 +92,7 @@ CHOICES = {
     "ac_fn": ("relu", "gelu", "lrelu"),
     "init": ("published", "warm"),
     "optim": ("adam", "adamw"),
+    "pose_form": tuple(POSE_FORMS),
     "precision": ("float32", "bfloat16"),
 }
 # What numbers may be: at least and at most; others: at least 0. None of the limits is one of the method's: beyond them
