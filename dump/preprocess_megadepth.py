@@ -119,7 +119,7 @@ def check_counts(folder) -> None:
             if not start or place > len(data):
                 break
         if place > len(data) or n * (head + width) > len(data):
-            raise InputError(f"{path} is damaged: it counts more than it holds")
+            raise InputError(f"no readable COLMAP model in {folder}: {name} counts more than it holds")
 
 
 def usable_images(model, folder) -> tuple[list[str], list]:
