@@ -26,7 +26,7 @@ fuzz: .venv/installed
 	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }
 	@touch $@
 
-# Every step goes on where it was stopped, and leaves what is complete as it is.
+# Every step resumes where it was stopped, and leaves what is complete as it is.
 demo: .venv/installed
 	$(PY) -m dump.make_scenes --save_path $(DEMO)/train_scenes --scenes 120 --images_per_scene 6 --layouts megadepth
 	$(PY) -m dump.make_scenes --save_path $(DEMO)/test_scenes --scenes 4 --first_scene 1000 --images_per_scene 10 --pairs 25 --layouts yfcc scannet
