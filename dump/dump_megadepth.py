@@ -395,7 +395,7 @@ def _verify_scene(path, scene, manifest) -> tuple[int, list]:
 def verify_dump(path, scenes=None) -> tuple[int, list]:
     """Re-read a dump -> (number of records, [(file or scene, what is wrong)]).
 
-    scenes: ids that must be complete; all begun ones if None. Raises InputError for a folder that is no dump.
+    scenes: ids that must be complete; all begun ones if None. Raises InputError for a folder that is not a dump.
     """
     manifest = read_manifest(path)
     n_records, problems = 0, []
@@ -458,7 +458,7 @@ def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: st
     defaults = FEATURE_TYPES[feature_type].dump_settings
     foreign = sorted(set(settings) - set(defaults))
     if foreign:
-        raise InputError(f"--{foreign[0]} is no setting of {feature_type}: it has {', '.join(defaults)}")
+        raise InputError(f"--{foreign[0]} is not a setting of {feature_type}: it has {', '.join(defaults)}")
     return Recipe(feature_type, {**defaults, **settings}, min_keypoints, descriptor_dtype, device)
 
 

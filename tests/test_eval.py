@@ -462,7 +462,7 @@ def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
         Journal(path, {"seed": 0})
     for content in ("notes of mine\n", '{"a": 1}\n', "[]\n", "no end of line"):
         path.write_text(content)
-        with pytest.raises(InputError, match="no journal"):
+        with pytest.raises(InputError, match="not a journal"):
             Journal(path, {"seed": 0})
         assert path.read_text() == content
 
@@ -831,7 +831,7 @@ def test_what_is_in_the_place_of_a_journal(tmp_path):
     path.unlink()
     for first in (b'{"format": "imp-eval-journal", "version": 3, "settings": []}\n', b"[" * 10 ** 5 + b"\n"):
         path.write_bytes(first + b'{"pair": 0, "results": []}\n')
-        with pytest.raises(InputError, match="is no journal of an evaluation"):
+        with pytest.raises(InputError, match="is not a journal of an evaluation"):
             Journal(path, {})
 
 
