@@ -150,7 +150,8 @@ def read_megadepth1500(folder) -> list[Pair]:
 def _read_pair_infos(path) -> list[Pair]:
     info, pairs, left_out = load_npz(path), [], []
     fields = ("image_paths", "intrinsics", "poses", "pair_infos")
-    if not isinstance(info, dict) or not all(isinstance(info.get(name), (list, np.ndarray)) for name in fields):
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), list) or getattr(info.get(name), "ndim", 0) for name in fields):
         raise InputError(f"{path} is no file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
     for entry in info["pair_infos"]:
         try:
