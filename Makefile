@@ -1,12 +1,13 @@
 # make test    install what is missing into .venv, then run the tests
 # make demo    the whole way on scenes made here: images -> features and matches -> training -> evaluation
 # make lint    ruff
+# make fuzz    damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := runs/demo
 
-.PHONY: test demo lint clean-demo
+.PHONY: test demo lint fuzz clean-demo
 
 # the cores share the tests, a file each at a time
 test: .venv/installed
@@ -14,6 +15,9 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check .
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
