@@ -7,8 +7,8 @@ from tools.manifest import manifest_path
 from training.data import Choice, DumpSource, Labels, Samples
 from training.online import PhotoSource, SceneSource, ViewSettings
 
-MIN_MATCHES = 21  # true ones, of a pair made on the fly (SPEC 4)
-SPP_SETTINGS = {"keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"}  # SPEC 3, "Dump"
+MIN_MATCHES = 21  # true ones, of a pair made on the fly
+SPP_SETTINGS = {"keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"}  # as a dump
 
 
 def _read_scenes(path) -> list[str] | None:
