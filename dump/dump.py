@@ -49,7 +49,7 @@ from dump.workers import (
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_yaml
 from tools.correspondences import depth_at
-from tools.features import DESCRIPTOR_DIM, Features
+from tools.features import FEATURE_TYPES, Features
 from tools.files import (
     atomic_path,
     below,
@@ -90,10 +90,6 @@ DEFAULTS = {
     "resize": [],  # []: full size; [longer side]; [w, h]
     "extractor": {},
     "workers": 0,  # processes; 0: one per core
-}
-EXTRACTOR_DEFAULTS = {  # SPEC 3, "Evaluation"
-    "sift": {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False},
-    "spp": {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4, "align_corners": True},
 }
 MAX_ASPECT_DIFFERENCE = 0.02
 PART_FIELDS = {"size": Field("i", (2,)), "kpt": Field("f", ("N", 3)), "desc": Field("f", ("N", "D")),
@@ -150,7 +146,7 @@ def load_config(path, arguments: list[str]) -> dict:
             elif isinstance(values.get(key), (str, int, float)):
                 values[key] = [values[key]]
         config = overlay(config, values, source)
-    for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(EXTRACTOR_DEFAULTS))):
+    for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(FEATURE_TYPES))):
         if config[key] not in known:
             raise InputError(f"{key} {config[key]!r} is unknown: known are {', '.join(known)}")
     needed = ["raw_data_dir", "output"] + (["pair_list"] if config["dataset"] == "scannet" else [])
@@ -164,7 +160,7 @@ def load_config(path, arguments: list[str]) -> dict:
         raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
     if config["workers"] < 0:
         raise InputError(f"workers must be at least 1, not {config['workers']}")
-    config["extractor"] = EXTRACTOR_DEFAULTS[config["feature_type"]]
+    config["extractor"] = FEATURE_TYPES[config["feature_type"]].eval_settings
     for nested, source in extractor_values:
         config["extractor"] = overlay(config["extractor"], nested, source)
     return config
@@ -490,7 +486,7 @@ def verify_eval(path) -> tuple[int, list]:
     try:
         with h5py.File(path, "r") as file:
             n_pairs = json.loads(file["counts"].asstr()[()])["pairs"]
-            dim, names, problems = DESCRIPTOR_DIM[file.attrs["feature_type"]], set(), []
+            dim, names, problems = FEATURE_TYPES[file.attrs["feature_type"]].dim, set(), []
             file["images"].visititems(lambda name, item: names.add(name.rpartition("/")[0])
                                       if isinstance(item, h5py.Dataset) else None)
             for name in tqdm(sorted(names), "images verified", disable=None):

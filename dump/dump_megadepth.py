@@ -45,7 +45,7 @@ from dump.workers import (
 )
 from tools.cli import InputError, reason, report_skipped, run
 from tools.correspondences import depth_at, match_by_projection
-from tools.features import DESCRIPTOR_DIM, Features
+from tools.features import FEATURE_TYPES, Features
 from tools.files import below, check_folder, header_size, read_depth, read_image, read_lines, write_json
 from tools.locks import InUse, locked
 from tools.manifest import (
@@ -63,10 +63,6 @@ from tools.manifest import (
 from tools.records import KEYPOINT_FIELDS, MATCH_FIELDS, check_matches, read_record, write_record
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
-FEATURE_SETTINGS = {  # SPEC 3, "Dump"
-    "sift": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False},
-    "spp": {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True},
-}
 MIN_WITH_DEPTH = 20  # more than that, in each image
 MIN_MATCHES = 20  # more than that
 PAIRS_AT_ONCE = 16
@@ -251,7 +247,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     tasks = list(task_of.values())
-    dim = DESCRIPTOR_DIM[recipe.feature_type]
+    dim = FEATURE_TYPES[recipe.feature_type].dim
     done_before = {i for i, path in record_paths.items() if is_whole(path, KEYPOINT_FIELDS, D=dim)}
     outcome |= dict.fromkeys(done_before, True)
     n_missing = len(tasks) - len(done_before)
@@ -351,7 +347,7 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
 
 def _verify_keypoints(path, manifest: dict) -> int:
     """Number of keypoints of a record; InputError says what is wrong with it."""
-    record = read_record(path, KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[manifest["feature_type"]])
+    record = read_record(path, KEYPOINT_FIELDS, D=FEATURE_TYPES[manifest["feature_type"]].dim)
     n, settings, dtype = len(record["keypoints"]), manifest["settings"], record["descriptors"].dtype
     if not np.isfinite(record["descriptors"]).all():
         raise InputError(f"{path} is damaged: its descriptors has values that are not finite")
@@ -459,7 +455,7 @@ def print_summary(summary: dict, report: dict) -> None:
 def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: str = "float16", device: str = "auto",
               **settings) -> Recipe:
     """The recipe of SPEC 3 with some `settings` of the extractor changed; InputError for one it does not have."""
-    defaults = FEATURE_SETTINGS[feature_type]
+    defaults = FEATURE_TYPES[feature_type].dump_settings
     foreign = sorted(set(settings) - set(defaults))
     if foreign:
         raise InputError(f"--{foreign[0]} is no setting of {feature_type}: it has {', '.join(defaults)}")
@@ -470,7 +466,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="dump.dump_megadepth", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Features and correspondences of scenes in MegaDepth's layout. Run it again to go on.")
-    parser.add_argument("--feature_type", choices=sorted(FEATURE_SETTINGS))
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES))
     parser.add_argument("--base_path", help="folder that holds scene_info/")
     parser.add_argument("--save_path", required=True, help="folder of the dump; one feature type each")
     parser.add_argument("--scene_list", help="file of scene ids, one a line; default: all")

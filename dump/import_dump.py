@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.cli import InputError, reason, report_skipped, run
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import remove_strays, write_json
 from tools.locks import locked
 from tools.manifest import FORMAT, VERSION, claim, keypoint_path, lock_path, match_path, read_scene, scene_path
@@ -46,7 +46,7 @@ def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -
               "image_size": np.array([w, h]).astype(np.int64), "intrinsics": K, "pose": pose,
               "keypoints": keypoints.astype(np.float32)}
     for name, shape, kind in (("scores", (n,), "float32"), ("depth", (n,), "float32"),
-                              ("descriptors", (n, DESCRIPTOR_DIM[feature_type]), dtype)):
+                              ("descriptors", (n, FEATURE_TYPES[feature_type].dim), dtype)):
         record[name] = numbers(old[name], *shape, what=name).astype(kind)
     if f"{PurePosixPath(record['image_path']).name}_{feature_type}.npy" != file_name:
         raise InputError(f"it is of the image {record['image_path']}")
@@ -144,7 +144,7 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
 
     feature_type: None: the one that OLD has. InputError if OLD is no such dump, or NEW was made by something else.
     """
-    found = [name for name in DESCRIPTOR_DIM if (Path(old) / f"keypoints_{name}").is_dir()]
+    found = [name for name in FEATURE_TYPES if (Path(old) / f"keypoints_{name}").is_dir()]
     if feature_type is None and len(found) > 1:
         raise InputError(f"{old} holds {' and '.join(found)}: choose with --feature_type")
     if not found or feature_type not in (None, *found):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dump.shards import deal, under_torchrun
 from tools.cli import InputError, reason
-from tools.features import build_extractor
+from tools.features import FEATURE_TYPES, build_extractor
 from tools.processes import WorkerPool
 from tools.records import Field, read_record
 
@@ -74,7 +74,7 @@ def extractor(feature_type: str, settings: dict, device: str = "auto"):
 
     device: for networks only; `auto` is a GPU if there is one, under torchrun the one for this process.
     """
-    if feature_type != "sift":
+    if FEATURE_TYPES[feature_type].weights_file:
         if device == "auto" and under_torchrun():
             from tools.distributed import choose_devices
 
@@ -86,7 +86,9 @@ def extractor(feature_type: str, settings: dict, device: str = "auto"):
 
 def weights_of(feature_type: str, settings: dict, device: str = "auto") -> dict:
     """What features depend on besides the settings, for a manifest: {"weights": hash} of a network, else {}."""
-    return {} if feature_type == "sift" else {"weights": extractor(feature_type, settings, device).weights_hash}
+    if not FEATURE_TYPES[feature_type].weights_file:
+        return {}
+    return {"weights": extractor(feature_type, settings, device).weights_hash}
 
 
 def is_whole(path: Path, fields: dict[str, Field], **lengths: int) -> bool:
@@ -111,7 +113,7 @@ def check_name(path: Path) -> Path:
 @contextlib.contextmanager
 def _one_thread(recipe):
     """A network on the CPU rounds in another way for each number of threads: it gets one, wherever it is."""
-    if recipe[0] == "sift":
+    if not FEATURE_TYPES[recipe[0]].weights_file:
         yield
         return
     import torch

@@ -1,4 +1,4 @@
-"""Match the pairs of a set, estimate their poses and report how good both are (SPEC 12-14).
+"""Match the pairs of a set, estimate their poses and report how good both are.
 
     python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset yfcc --feature_type sift
     python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp
@@ -48,7 +48,7 @@ from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
 from tools.cli import MOST_KEYPOINTS, InputError, number, report_skipped, run, whole_number
 from tools.config import read_yaml
 from tools.distributed import choose_device
-from tools.features import DESCRIPTOR_DIM, build_extractor
+from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
 from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
@@ -123,7 +123,7 @@ def build_pair_set(args):
         raise InputError(f"no features at {path}: make them with python3 -m dump.dump --config {config_path}")
     limit, max_keypoints = config.get("limit"), config.get("max_keypoints")
     args.limit, args.max_keypoints = args.limit or limit, max_keypoints or args.max_keypoints
-    return Hdf5PairSet(path, image_dir, DESCRIPTOR_DIM[args.feature_type], max_keypoints)
+    return Hdf5PairSet(path, image_dir, FEATURE_TYPES[args.feature_type].dim, max_keypoints)
 
 
 def _read_config(path) -> dict:
@@ -144,9 +144,8 @@ def _build_list_set(args) -> ListPairSet:
         pairs, camera = read_scannet_pairs(args.pairs), lambda name: read_scannet_camera(args.image_dir, name)
     else:
         pairs = read_pair_list(args.pairs)
-    settings = {"max_keypoints": args.max_keypoints}
-    if args.feature_type == "sift":
-        settings |= {"contrast_threshold": args.contrast_threshold, "unique_locations": args.unique_locations}
+    settings = FEATURE_TYPES[args.feature_type].eval_settings
+    settings = {**settings, **{key: value for key, value in vars(args).items() if key in settings}}
     extractor = build_extractor(args.feature_type, device=args.device, **settings)
     return ListPairSet(pairs, args.image_dir, extractor, args.resize, args.depth_dir, camera)
 
@@ -231,7 +230,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
                         "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
                         "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
-    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), default="spp",
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), default="spp",
                         help="local features (default: %(default)s)")
     parser.add_argument("--protocol", choices=("default", "published"), default="default",
                         help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "

@@ -16,7 +16,7 @@ from tools import checkpoint
 from tools.cli import InputError
 from tools.distributed import choose_device
 from tools.exif import read_exif
-from tools.features import DESCRIPTOR_DIM, Features, build_extractor
+from tools.features import FEATURE_TYPES, Features, build_extractor
 from tools.files import atomic_path, read_image
 from tools.geometry import (
     essential_matrix,
@@ -210,7 +210,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
-        dims = {dim: name for name, dim in DESCRIPTOR_DIM.items()}
+        dims = {kind.dim: name for name, kind in FEATURE_TYPES.items()}
         feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
         if matching_method is None:
             config = content.get("config")
@@ -218,7 +218,8 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
             names = {"gm": "GM", "eimp": "EIMP", "adagmn": "EIMP"}
             matching_method = names.get(trained) or names.get(described.get("network"), "IMP")
         return matching_method, feature_type, str(weights)
-    features = ["spp", "sift"] if checkpoint.find_weights(checkpoint.SUPERPOINT).is_file() else ["sift"]
+    features = [name for name, kind in reversed(FEATURE_TYPES.items())
+                if not kind.weights_file or checkpoint.find_weights(kind.weights_file).is_file()]
     features = features if feature_type is None else [feature_type]
     methods = ["IMP", "EIMP"] if matching_method is None else [matching_method]
     reasons = []
@@ -245,9 +246,8 @@ class ImageMatcher:
                  one_shot: bool = False, seed: int = 0, device: str = "auto"):
         device = str(choose_device(device))
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
-        extractor = {"max_keypoints": max_keypoints}
-        if feature_type == "sift":
-            extractor |= {"contrast_threshold": 1e-5, "unique_locations": True}
+        extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
+        extractor |= {key: True for key in ("unique_locations",) if key in extractor}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
         self.extractor = build_extractor(feature_type, device=device, **extractor)
         self.resize, self.estimator, self.threshold = resize, estimator, threshold

@@ -1,4 +1,4 @@
-"""Matching and pose estimation in turns (SPEC 12): a network's iterations, until the pose stays the same."""
+"""Matching and pose estimation in turns: a network's iterations, until the pose stays the same."""
 import time
 from dataclasses import dataclass
 

@@ -32,7 +32,7 @@ from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, 
 from eval.matchers import MATCHERS, NETWORKS
 from eval.pose import ESTIMATORS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
 from tools.visualize import write_strip
@@ -247,7 +247,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
     parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
-    parser.add_argument("--feature_type", choices=list(DESCRIPTOR_DIM), help="local features (default: likewise)")
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
     parser.add_argument("--one_shot", action="store_true",
                         help="all matches of the last iteration, no poses on the way")

@@ -28,7 +28,7 @@ import torch
 
 from tools.checkpoint import default_weights, load_checkpoint, load_matcher
 from tools.cli import InputError
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 
 
 @dataclass
@@ -106,7 +106,7 @@ def build_network(settings: MatcherSettings, method: str) -> Network:
     options = {"match_threshold": 0.0}
     if settings.use_dual_softmax:
         options["with_sinkhorn"] = False
-    network = load_matcher(path, method.lower().removesuffix("_geo"), DESCRIPTOR_DIM[settings.feature_type],
+    network = load_matcher(path, method.lower().removesuffix("_geo"), FEATURE_TYPES[settings.feature_type].dim,
                            settings.device, **options)
     if settings.n_layers is not None and not 1 <= settings.n_layers <= network.n_layers:
         raise InputError(f"--n_layers {settings.n_layers}: the network of {path} has {network.n_layers} iterations")

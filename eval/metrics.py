@@ -1,4 +1,4 @@
-"""What is reported about poses and matches (SPEC 14)."""
+"""What is reported about poses and matches."""
 import numpy as np
 
 
@@ -51,7 +51,7 @@ def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000) -> li
 
 
 def epipolar_error(x0: np.ndarray, x1: np.ndarray, E: np.ndarray) -> np.ndarray:
-    """Mean distance of two points to each other's epipolar lines, in the units of the points (SPEC 14, precision).
+    """Mean distance of two points to each other's epipolar lines, in the units of the points.
 
     x0, x1: (N, 2) normalised camera coordinates; E (3, 3) with x1^T E x0 = 0. Returns (N,). A point on its epipole
     has no epipolar line: its error is inf.
@@ -70,7 +70,7 @@ def precision_at_recall(scores, correct, n_true: int, recall: float) -> float | 
     """Precision at the highest score threshold whose matches reach `recall`; None if no threshold does.
 
     scores (M,) and correct (M,) bool: the predicted matches of all pairs, pooled, left out where a keypoint lacks
-    depth; n_true: how many true correspondences (SPEC 4) all pairs have. Matches of equal score stand or fall
+    depth; n_true: how many true correspondences all pairs have. Matches of equal score stand or fall
     together.
     """
     scores, correct = np.asarray(scores), np.asarray(correct, bool)

@@ -1,4 +1,4 @@
-"""What was found on each pair -> numbers per method, tables, plots and the files of a run (SPEC 14)."""
+"""What was found on each pair -> numbers per method, tables, plots and the files of a run."""
 import csv
 import platform
 from importlib.metadata import version

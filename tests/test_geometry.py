@@ -5,6 +5,8 @@ import pytest
 from tools.geometry import (
     colmap_to_opencv_K,
     essential_matrix,
+    is_camera_matrix,
+    is_rigid,
     lift,
     make_pose,
     opencv_to_colmap_K,
@@ -81,3 +83,18 @@ def test_turning_an_image_turns_keypoints_camera_and_pose(turns):
     pixels, _ = project(POINTS, K, POSE0)
     turned, _ = project(POINTS, turn_K(K, (640, 480), turns), turn_pose(POSE0, turns))
     np.testing.assert_allclose(turn_keypoints(pixels, (640, 480), turns), turned, atol=1e-9)
+
+
+def test_what_is_no_camera_and_no_motion(recwarn):
+    K, pose = np.array([[500, 0, 320], [0, 500, 240], [0, 0, 1.0]]), np.eye(4)
+    assert is_camera_matrix(K) and is_rigid(pose)
+    for i, j, value in ((0, 0, 0), (1, 1, -500), (0, 2, np.nan), (2, 2, 2), (0, 0, 1e200), (0, 2, np.inf)):
+        bad = K.copy()
+        bad[i, j] = value
+        assert not is_camera_matrix(bad)
+    assert not is_camera_matrix(np.array([[1, 2, 0], [2, 4, 0], [0, 0, 1.0]]))
+    for i, j, value in ((0, 0, -1), (0, 0, 1e200), (0, 3, np.nan), (3, 3, 2), (0, 1, 0.1), (0, 3, 1e200)):
+        bad = pose.copy()
+        bad[i, j] = value
+        assert not is_rigid(bad)
+    assert not recwarn.list

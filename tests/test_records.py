@@ -107,6 +107,15 @@ def test_fields_are_checked_and_no_others_returned(tmp_path, mmap):
             read_record(tmp_path / "r.npy", FIELDS, mmap, **lengths)
 
 
+def test_letters_that_do_not_exist(tmp_path):
+    write_record(tmp_path / "r.npy", {"image_path": "größe"})
+    data = (tmp_path / "r.npy").read_bytes()
+    (tmp_path / "r.npy").write_bytes(data.replace("ß".encode("utf-32-le"), b"\xff" * 4))
+    for fields in (None, {"image_path": Field("U")}):
+        with pytest.raises(InputError, match="its image_path is no text"):
+            read_record(tmp_path / "r.npy", fields)
+
+
 def test_an_older_record_is_read(tmp_path):
     """Written by NumPy itself, not aligned, its fields in another order, with one that is not known."""
     write_record(tmp_path / "new.npy", RECORD)

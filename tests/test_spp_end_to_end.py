@@ -21,6 +21,7 @@ from eval import eval_imp
 from nets import EIMP, SuperPoint
 from tools import checkpoint
 from tools.cli import run
+from tools.features import Spp
 from tools.manifest import load_dump
 from tools.records import read_record
 
@@ -182,7 +183,7 @@ def test_evaluation(root, trained):
     with h5py.File(root / "pairs.hdf5") as file:
         assert file["desc1"]["0"].shape == (len(file["kpt1"]["0"]), 256)
         settings = json.loads(file.attrs["settings"])
-    assert settings["weights"] == workers.weights_of("spp", dump_megadepth.FEATURE_SETTINGS["spp"], "cpu")["weights"]
+    assert settings["weights"] == workers.weights_of("spp", Spp.dump_settings, "cpu")["weights"]
     assert eval_imp.main(["--matching_method", "EIMP", "--dataset", "yfcc", "--feature_type", "spp", "--config",
                           str(root / "eval.yaml"), "--weights", str(trained / "latest.pth"), "--device", "cpu",
                           "--pictures", "0", "--save_path", str(root / "results")]) == 0

@@ -16,7 +16,7 @@ import torch
 from imp_matching import shipped
 from nets import SuperPoint, build_matcher
 from tools.cli import InputError
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import atomic_path
 from tools.safe_pickle import STAND_INS
 
@@ -216,5 +216,5 @@ def default_weights(method: str, feature_type: str, dataset: str | None = None) 
     demo = ""
     if feature_type == "sift" and method != "GM":
         demo = f"; the demo's are at {DEMO}" if DEMO.is_file() else "; `make demo` trains small ones"
-    raise InputError(f"no weights for {method} with {feature_type} ({DESCRIPTOR_DIM[feature_type]} channels): "
+    raise InputError(f"no weights for {method} with {feature_type} ({FEATURE_TYPES[feature_type].dim} channels): "
                      f"put the published file at weights/{published.name}, or name one with --weights{demo}")

@@ -1,8 +1,9 @@
-"""Local features (SPEC 3): image -> Features."""
+"""Local features: image -> Features. One class per feature type, all of them in FEATURE_TYPES."""
 import functools
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -10,7 +11,6 @@ import numpy as np
 from tools.cli import InputError
 from tools.geometry import resize_keypoints
 
-DESCRIPTOR_DIM = {"sift": 128, "spp": 256}
 # Pixels of a batch on a GPU: 13 images of 640x480, 2 of 1600x1200. A pixel takes 256 bytes in each of the network's
 # first layers, of which three or four are alive at a time.
 BATCH_PIXELS = 4_000_000
@@ -29,10 +29,17 @@ class Features:
 class Extractor:
     """An image (H, W) uint8 -> Features; one class per feature type, which implements `_extract`.
 
+    name, dim (of descriptors). dump_settings, eval_settings: its settings, as published, in training dumps and in
+    evaluation. weights_file: below weights/, if it is a network; it then has `weights_hash`, and takes `device`.
     max_pixels: a larger image is downscaled to it first; its keypoints are those of the image given all the same.
     batch_pixels: how many to give to `extract_batch` at a time; 0, one image, where batches gain nothing.
     """
 
+    name: str
+    dim: int
+    dump_settings: ClassVar[dict]
+    eval_settings: ClassVar[dict]
+    weights_file = None
     max_pixels = 0
     batch_pixels = 0
 
@@ -60,6 +67,9 @@ class Sift(Extractor):
     that every feature type takes one.
     """
 
+    name, dim = "sift", 128
+    dump_settings: ClassVar = {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False}
+    eval_settings: ClassVar = {"max_keypoints": 2000, "contrast_threshold": 1e-5, "unique_locations": False}
     max_pixels = 16_000_000  # of 260 bytes each
 
     def __init__(self, max_keypoints=4096, contrast_threshold=0.04, unique_locations=False, device=None):
@@ -76,7 +86,7 @@ class Sift(Extractor):
         found, sift = self.detector.detectAndCompute(image, None)
         image_size = (image.shape[1], image.shape[0])
         if not found:
-            return Features(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros((0, 128), np.float32),
+            return Features(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros((0, self.dim), np.float32),
                             image_size)
         keypoints = np.array([point.pt for point in found], np.float32)
         scores = np.array([point.response for point in found], np.float32)
@@ -100,6 +110,11 @@ class Spp(Extractor):
     also decides about keypoints at the threshold.
     """
 
+    name, dim, weights_file = "spp", 256, "superpoint_v1.pth"
+    dump_settings: ClassVar = {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3,
+                               "align_corners": True}
+    eval_settings: ClassVar = {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4,
+                               "align_corners": True}
     max_pixels = 6_000_000  # of 770 bytes each
 
     def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, align_corners=True, device="auto",
@@ -136,9 +151,12 @@ class Spp(Extractor):
         return [Features(*of_image, image_size) for of_image in arrays]
 
 
+# what gives better matches later
+FEATURE_TYPES: dict[str, type[Extractor]] = {kind.name: kind for kind in (Sift, Spp)}
+
+
 def build_extractor(feature_type: str, **settings) -> Extractor:
     """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
-    types = {"sift": Sift, "spp": Spp}
-    if feature_type not in types:
-        raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(DESCRIPTOR_DIM)}")
-    return types[feature_type](**settings)
+    if feature_type not in FEATURE_TYPES:
+        raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(FEATURE_TYPES)}")
+    return FEATURE_TYPES[feature_type](**settings)

@@ -7,17 +7,18 @@ import numpy as np
 
 
 def is_camera_matrix(K: np.ndarray) -> bool:
-    """Whether (3, 3) is finite and invertible, with positive focal lengths and the last row 0, 0, 1."""
-    return bool(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0 and np.array_equal(K[2], [0, 0, 1])
-                and K[0, 0] * K[1, 1] > K[0, 1] * K[1, 0])
+    """Whether (3, 3) has positive focal lengths, the last row 0, 0, 1, an inverse, and values of a size that occurs."""
+    # a comparison with NaN is false
+    return bool(np.abs(K).max() < 1e9 and min(K[0, 0], K[1, 1], K[0, 0] * K[1, 1] - K[0, 1] * K[1, 0]) > 1e-6
+                and (K[2] == [0, 0, 1]).all())
 
 
 def is_rigid(pose: np.ndarray) -> bool:
     """Whether (4, 4) is a rotation and a translation, to the precision of a text file."""
     R = pose[:3, :3]
     # not allclose, which is slow: training comes here for every sample
-    return bool(np.isfinite(pose).all() and np.abs(R @ R.T - np.eye(3)).max() <= 1e-2 and np.linalg.det(R) > 0
-                and np.abs(pose[3] - [0, 0, 0, 1]).max() <= 1e-5)
+    return bool(np.abs(pose).max() < 1e12 and np.abs(R).max() < 2 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2
+                and np.linalg.det(R) > 0 and np.abs(pose[3] - [0, 0, 0, 1]).max() < 1e-5)
 
 
 def colmap_to_opencv_K(K: np.ndarray) -> np.ndarray:

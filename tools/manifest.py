@@ -12,7 +12,7 @@ import reprlib
 from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import read_json, write_json
 from tools.locks import locked
 
@@ -35,7 +35,7 @@ def is_list_of(*types):
 
 # What is read of each file, for check_fields; what has None for a missing value must be there. Dumps that were
 # imported, or made by early versions, count less.
-MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(DESCRIPTOR_DIM), None),
+MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(FEATURE_TYPES), None),
                    "settings": (lambda value: isinstance(value, dict), None)}
 SETTINGS_FIELDS = {"min_keypoints": (is_count, None),
                    "descriptor_dtype": (lambda value: value in ("float16", "float32"), "float16")}

@@ -5,7 +5,7 @@ import numpy as np
 
 from tools.cli import InputError
 from tools.files import atomic_path, find_shipped, read_text
-from tools.geometry import is_camera_matrix
+from tools.geometry import is_camera_matrix, is_rigid
 
 EXPECTED = ("expected `image0 image1`, then nothing, or `rot0 rot1` (2 values), or these and `K0 K1` (20 values), "
             "or these and `T_0to1` (36 values)")
@@ -78,9 +78,7 @@ def _parse(tokens: list[str]) -> Pair:
                 raise ValueError(f"{name} is no camera matrix; expected fx 0 cx 0 fy cy 0 0 1 with fx, fy > 0")
     if len(numbers) > 18:
         pair.T_0to1 = numbers[18:].reshape(4, 4)
-        R = pair.T_0to1[:3, :3]
-        if not (np.allclose(R @ R.T, np.eye(3), atol=1e-2) and np.linalg.det(R) > 0
-                and np.array_equal(pair.T_0to1[3], [0, 0, 0, 1])):
+        if not is_rigid(pair.T_0to1):
             raise ValueError("T_0to1 is no rigid motion; expected R t over 0 0 0 1, row by row, R a rotation")
     return pair
 

@@ -38,6 +38,9 @@ def _name(value: np.ndarray) -> str:
     return ""
 
 
+MAX_LETTER = 0x10FFFF  # of Unicode
+
+
 class Field(NamedTuple):
     """What a field of a record holds.
 
@@ -114,7 +117,7 @@ def read_record(path, fields: dict[str, Field] | None = None, mmap: bool = False
     for name, field in fields.items():
         if name in packed.dtype.names:
             values = plain[name]
-            problem = field and _problem(values, field, lengths)
+            problem = _problem(values, field, lengths)
             if problem:
                 raise InputError(f"{path} is damaged: its {name} {problem}")
             record[name] = values.item() if values.shape == () else packed[name]
@@ -139,9 +142,14 @@ def _read_packed(path, mmap: bool) -> np.ndarray:
         return np.fromfile(file, dtype, 1).reshape(())
 
 
-def _problem(values: np.ndarray, field: Field, lengths: dict[str, int]) -> str:
+def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -> str:
     """What is wrong with the values of a field, or ""; new lengths are added."""
     dtype, shape = values.dtype, values.shape
+    # NumPy takes any 32 bits for a letter, and Python crashes later
+    if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > MAX_LETTER:
+        return "is no text"
+    if field is None:
+        return ""
     if dtype.kind not in field.kinds or not dtype.isnative or dtype.char == "g":
         return f"is of type {dtype}"
     wanted = tuple(side if isinstance(side, int) else lengths.setdefault(side, n)

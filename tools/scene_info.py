@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 
 from tools.cli import InputError, reason
 from tools.files import atomic_path, below
-from tools.geometry import colmap_to_opencv_K, relative_pose
+from tools.geometry import colmap_to_opencv_K, is_camera_matrix, is_rigid, relative_pose
 from tools.pair_list import Pair
 from tools.safe_pickle import load_npz, numbers
 
@@ -23,12 +23,9 @@ MIN_SHARED_POINTS = 20
 def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
     K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
-    # a comparison with NaN is false
-    if not (np.abs(K).max() < 1e9 and min(K[0, 0], K[1, 1], np.linalg.det(K)) > 1e-6 and (K[2] == [0, 0, 1]).all()):
+    if not is_camera_matrix(K):
         raise InputError("the intrinsics are no camera matrix")
-    R = pose[:3, :3]
-    if not (np.abs(pose).max() < 1e12 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2 and np.linalg.det(R) > 0
-            and (pose[3] == [0, 0, 0, 1]).all()):
+    if not is_rigid(pose):
         raise InputError("the pose is no rotation and translation")
     return K, pose
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from nets.layers import normalize_keypoints
 from tools.cli import reason
 from tools.correspondences import match_by_projection, unmatched_by_projection
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
 from tools.processes import start_worker
@@ -232,7 +232,7 @@ class DumpSource:
         views, cameras = [], []
         for v in "01":
             record = read_record(keypoint_path(self.path, scene, pair[f"image_path{v}"], self.feature_type),
-                                 KEYPOINT_FIELDS, D=DESCRIPTOR_DIM[self.feature_type])
+                                 KEYPOINT_FIELDS, D=FEATURE_TYPES[self.feature_type].dim)
             view = {name: record[name] for name in ("keypoints", "scores", "descriptors", "image_size")}
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
             cameras.append((record["keypoints"], record["depth"], record["intrinsics"], pair[f"pose{v}"]))

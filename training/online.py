@@ -73,7 +73,7 @@ _cache = _ImageCache()
 @functools.lru_cache(maxsize=1)
 def _extractor(settings: ViewSettings):
     # built where it is used: it cannot be sent to another process
-    return build_extractor(settings.feature_type, **dict(settings.extractor))
+    return build_extractor(settings.feature_type, device="cpu", **dict(settings.extractor))
 
 
 def _features(image: np.ndarray, settings: ViewSettings) -> dict:

@@ -2,13 +2,13 @@
 from pathlib import Path
 
 from tools.cli import InputError
+from tools.features import FEATURE_TYPES
 from tools.files import read_lines
 from tools.manifest import manifest_path
 from training.data import Choice, DumpSource, Labels, Samples
 from training.online import PhotoSource, SceneSource, ViewSettings
 
 MIN_MATCHES = 21  # true ones, of a pair made on the fly
-SPP_SETTINGS = {"keypoint_threshold": 0.001, "nms_radius": 3, "device": "cpu"}  # as a dump
 
 
 def _read_scenes(path) -> list[str] | None:
@@ -35,8 +35,8 @@ def dump_samples(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: 
 
 def online_samples(config: dict) -> Samples:
     """Samples made on the fly from photographs and MegaDepth's layout, mixed with those of dumps."""
-    extractor = {"max_keypoints": config["extract_keypoints"]}
-    extractor |= {"contrast_threshold": config["contrast_threshold"]} if config["feature"] == "sift" else SPP_SETTINGS
+    extractor = {**FEATURE_TYPES[config["feature"]].dump_settings, "max_keypoints": config["extract_keypoints"]}
+    extractor |= {key: config[key] for key in ("contrast_threshold",) if key in extractor}
     labels = Labels(config["inlier_th"], config["outlier_th"])
     settings = ViewSettings(config["feature"], tuple(extractor.items()), config["unique_locations"],
                             config["view_size"], config["online_views"], labels)

@@ -15,7 +15,7 @@ from nets import build_matcher
 from tools.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tools.cli import InputError
 from tools.distributed import Job
-from tools.features import DESCRIPTOR_DIM
+from tools.features import FEATURE_TYPES
 from tools.files import check_folder, remove_strays, write_json
 from tools.locks import locked
 from training.data import StepBatches, end_workers, make_loader
@@ -53,7 +53,7 @@ def learning_rate(config: dict, step: int) -> float:
 def build(config: dict):
     """The matcher of a configuration, initialised from its seed."""
     torch.manual_seed(config["seed"])
-    matcher = build_matcher(config["network"], descriptor_dim=DESCRIPTOR_DIM[config["feature"]],
+    matcher = build_matcher(config["network"], descriptor_dim=FEATURE_TYPES[config["feature"]].dim,
                             n_layers=config["layers"], norm_fn=config["norm_fn"], ac_fn=config["ac_fn"],
                             with_sinkhorn=config["with_sinkhorn"], sinkhorn_iterations=config["sinkhorn_iterations"],
                             match_threshold=config["match_threshold"], n_min_tokens=config["n_min_tokens"])
