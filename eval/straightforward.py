@@ -1,4 +1,4 @@
-"""The matchers once more, step by step and without regard to speed; nets/ is timed against it, and tested by it.
+"""The networks of docs/method.md once more, without regard to speed; nets/ is timed against it, and tested by it.
 
 It shares nothing with nets/ but the names of the weights: (B, C, N) tensors and 1x1 convolutions, each view by itself,
 attention matrices written out, Sinkhorn unrolled for autograd, EIMP's assignments and pooling sample by sample.
@@ -176,7 +176,7 @@ class Straightforward:
 
 
 def assignment_of_scores(scores: Tensor, bin_score: Tensor, with_sinkhorn=True) -> Tensor:
-    """Scores (B, n0, n1) -> (B, n0+1, n1+1)."""
+    """Dustbins, then Sinkhorn or dual softmax: scores (B, n0, n1) -> (B, n0+1, n1+1)."""
     batch, n0, n1 = scores.shape
     scores = torch.cat([scores, bin_score.expand(batch, n0, 1)], dim=2)
     scores = torch.cat([scores, bin_score.expand(batch, 1, n1 + 1)], dim=1)

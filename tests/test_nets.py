@@ -598,7 +598,7 @@ def test_removal_is_for_one_pair():
 # pooling
 
 def test_keep_indices():
-    """Pooling on numbers to follow by eye: P = {0, 1, 2, 3}; the lower medians are of keypoints 1 and 2."""
+    """Adaptive pooling on numbers to follow by eye: P = {0, 1, 2, 3}; the lower medians are of keypoints 1 and 2."""
     p = torch.zeros(8, 3)
     p[:4, 0] = 0.2
     p[3, :2] = 0.1  # the row counts, not its best

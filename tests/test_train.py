@@ -194,8 +194,9 @@ def of_state(change):
     (lambda content: content["optimizer"]["param_groups"][0].update(betas=0.9), r"betas 0.9, not \(0.9, 0.999\)"),
     (lambda content: content["optimizer"]["param_groups"][0].update(params=[0]), r"params \[0\], not"),
     (lambda content: content["optimizer"]["param_groups"][0].update(lr="fast"), "lacks a learning rate"),
-    (lambda content: content["optimizer"]["state"].update(x={}), "something else than exp_avg, exp_avg_sq, step"),
-    (of_state(lambda values: values.pop("exp_avg")), "something else than exp_avg, exp_avg_sq, step"),
+    (lambda content: content["optimizer"]["state"].update(x={}), "moments of 108 parameters that are not the 107"),
+    (lambda content: content["optimizer"]["state"].pop(7), "moments of 106 parameters that are not the 107"),
+    (of_state(lambda values: values.pop("exp_avg")), "else than exp_avg, exp_avg_sq, step of parameter 3"),
     (of_state(lambda values: values.update(exp_avg=torch.zeros(7))), "a exp_avg of parameter 3 that cannot be"),
     (of_state(lambda values: values["exp_avg_sq"].fill_(-1)), "a exp_avg_sq of parameter 3 that cannot be"),
     (of_state(lambda values: values["exp_avg"].fill_(torch.nan)), "a exp_avg of parameter 3 that cannot be"),
@@ -206,6 +207,7 @@ def of_state(change):
     (lambda content: content.update(skipped=[["a", "b"]]), "its skipped is"),
     (lambda content: content.update(scenes=None), "its scenes is None"),
     (lambda content: content.update(config={"lr": torch.zeros(2)}), "its config is"),
+    (lambda content: content["config"].update(online_sources=np.float64(1)), "trained with online_sources 1.0"),
     (lambda content: content["config"].update(online_sources=[5]), r"trained with online_sources \[5\]"),
 ])
 def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, run_once, spoil, message):

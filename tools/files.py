@@ -10,6 +10,7 @@ import stat
 import struct
 import tempfile
 import uuid
+import warnings
 from pathlib import Path, PureWindowsPath
 
 import cv2
@@ -183,7 +184,7 @@ def header_size(path) -> tuple[int, int] | None:
     """(w, h) of an image file by its header, as stored; None where that is not known without decoding it."""
     try:
         check_file(path, "image")
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return image.size
     except Exception:  # whatever a damaged file makes of Pillow's readers: OpenCV decides then
         return None

@@ -1,6 +1,6 @@
 """Cameras, poses, projection and epipolar geometry, in NumPy.
 
-Conventions (SPEC 1): keypoints (x, y) in pixels with (0, 0) at the centre of the top-left pixel (OpenCV);
+Conventions: keypoints (x, y) in pixels with (0, 0) at the centre of the top-left pixel (OpenCV);
 poses are 4x4 world-to-camera; T_0to1 = pose1 @ inv(pose0); x1^T E x0 = 0.
 """
 import numpy as np
@@ -17,8 +17,8 @@ def is_rigid(pose: np.ndarray) -> bool:
     """Whether (4, 4) is a rotation and a translation, to the precision of a text file."""
     R = pose[:3, :3]
     # not allclose, which is slow: training comes here for every sample
-    return bool(np.abs(pose).max() < 1e12 and np.abs(R).max() < 2 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2
-                and np.linalg.det(R) > 0 and np.abs(pose[3] - [0, 0, 0, 1]).max() < 1e-5)
+    return bool(np.abs(pose).max() < 1e12 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2 and np.linalg.det(R) > 0
+                and np.abs(pose[3] - [0, 0, 0, 1]).max() < 1e-5)
 
 
 def colmap_to_opencv_K(K: np.ndarray) -> np.ndarray:

@@ -49,7 +49,8 @@ def read_state(path) -> dict:
     content = load_checkpoint(path)
     if "optimizer" not in content:
         raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
-    return {**check_fields(content, ENTRIES, path), "path": path}
+    content = check_fields(content, ENTRIES, path)
+    return {**content, "config": json.loads(json.dumps(content["config"])), "path": path}  # no numbers of NumPy's
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state, path) -> None:
@@ -74,9 +75,11 @@ def _problem(state, optimizer: torch.optim.Optimizer) -> str:
             if name not in ("lr", "fused", "foreach") and repr(theirs.get(name, value)) != repr(value):
                 return f"says {name} {str(theirs[name])[:50]}, not {str(value)[:50]}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if moments and moments.keys() != set(range(len(parameters))):  # before the first step there are none
+        return f"holds moments of {len(moments)} parameters that are not the {len(parameters)} of this run"
     for i, values in moments.items():
-        if type(i) is not int or not 0 <= i < len(parameters) or not isinstance(values, dict) or set(values) != MOMENTS:
-            return f"holds something else than {', '.join(sorted(MOMENTS))} of parameters"
+        if not isinstance(values, dict) or set(values) != MOMENTS:
+            return f"holds something else than {', '.join(sorted(MOMENTS))} of parameter {i}"
         for name, value in values.items():
             shape = () if name == "step" else parameters[i].shape
             if not (torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
