@@ -32,7 +32,7 @@ def _matches_of(batch: dict, matches0: torch.Tensor, i: int) -> tuple[np.ndarray
 
 
 def _pose_errors(batch: dict, matches0: torch.Tensor) -> list[float]:
-    """Pose error in degrees, inf where there is no pose, of each sample (SPEC 14)."""
+    """Pose error in degrees, inf where there is no pose, of each sample."""
     errors = []
     for i in range(len(matches0)):
         rows0, rows1 = _matches_of(batch, matches0, i)
