@@ -1,4 +1,4 @@
-"""Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads (SPEC 2).
+"""Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads.
 
     python3 -m dump.preprocess_megadepth --base_path MEGADEPTH [--scene 0000 0001] [--workers 8] [--shard 0/4]
 

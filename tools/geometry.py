@@ -1,6 +1,6 @@
 """Cameras, poses, projection and epipolar geometry, in NumPy.
 
-Conventions (SPEC 1): keypoints (x, y) in pixels with (0, 0) at the centre of the top-left pixel (OpenCV);
+Conventions: keypoints (x, y) in pixels with (0, 0) at the centre of the top-left pixel (OpenCV);
 poses are 4x4 world-to-camera; T_0to1 = pose1 @ inv(pose0); x1^T E x0 = 0.
 """
 import numpy as np

@@ -1,4 +1,4 @@
-"""D2-Net's scene_info files (SPEC 2): what is known of the images of one scene, and which of them overlap."""
+"""D2-Net's scene_info files: what is known of the images of one scene, and which of them overlap."""
 import itertools
 import sys
 from pathlib import Path
@@ -118,7 +118,7 @@ def list_scenes(base_path, scene_list=None) -> dict[str, Path]:
 
 
 def candidate_pairs(info: dict) -> np.ndarray:
-    """Ordered pairs (P, 2) of image indices by overlap and shared points (SPEC 4), in lexicographic order.
+    """Ordered pairs (P, 2) of image indices that overlap as training pairs should, in lexicographic order.
 
     info: as from load_scene_info. Images without a path, depth map, K or pose are in no pair.
     """
