@@ -1,4 +1,4 @@
-"""Training samples (SPEC 6): from pairs of views, of a dump or made on the fly, to batches.
+"""Training samples: from pairs of views, of a dump or made on the fly, to batches.
 
 Every sample is a function of (seed, number of the sample in the run), so a run gives the same samples for any number
 of workers and processes, and goes on after a stop from the number alone.
@@ -48,7 +48,7 @@ class Pair:
 class Labels:
     """How keypoints with depth are labelled, in pixels.
 
-    A true match lies within inlier_th of where it should be (SPEC 4); a keypoint is unmatched if nothing lies within
+    A true match lies within inlier_th of where it should be; a keypoint is unmatched if nothing lies within
     outlier_th, and what is between, or has no depth, is left out of samples. outlier_th 0: all else is unmatched.
     """
 
@@ -210,7 +210,7 @@ class DumpSource:
     pairs_per_item = 1  # of what is drawn
 
     def __init__(self, dump_path, scenes=None, pairs_per_scene: int = 80, seed: int = 0, labels: Labels | None = None):
-        """scenes: ids; None: all. labels: None takes the dump's matches, and all other keypoints as unmatched (SPEC 6).
+        """scenes: ids; None: all. labels: None takes the dump's matches, and all other keypoints as unmatched.
 
         Raises InputError if the dump has no pairs.
         """
