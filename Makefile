@@ -1,19 +1,26 @@
-# make test    install what is missing into .venv, then run the tests
-# make demo    the whole way on scenes made here: images -> features and matches -> training -> evaluation
-# make lint    ruff
+# make test       install what is missing into .venv, then run the tests
+# make test-long  the tests, then 10,000 damaged files: before a release
+# make demo       the whole way on scenes made here: images -> features and matches -> training -> evaluation
+# make lint       ruff
+# make fuzz       damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := runs/demo
 
-.PHONY: test demo lint clean-demo
+.PHONY: test test-long demo lint fuzz clean-demo
 
 # the cores share the tests, a file each at a time
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
+test-long: test fuzz
+
 lint: .venv/installed
 	$(PY) -m ruff check .
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
@@ -22,7 +29,7 @@ lint: .venv/installed
 	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }
 	@touch $@
 
-# Every step goes on where it was stopped, and leaves what is complete as it is.
+# Every step resumes where it was stopped, and leaves what is complete as it is.
 demo: .venv/installed
 	$(PY) -m dump.make_scenes --save_path $(DEMO)/train_scenes --scenes 120 --images_per_scene 6 --layouts megadepth
 	$(PY) -m dump.make_scenes --save_path $(DEMO)/test_scenes --scenes 4 --first_scene 1000 --images_per_scene 10 --pairs 25 --layouts yfcc scannet

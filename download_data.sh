@@ -7,7 +7,7 @@
 # The second is YFCC100M for evaluation, to be unpacked with tar -xf raw_data_yfcc.tar.gz.
 #
 # Parts are $BASE_URL/NAME.tar.000 and so on, FIRST to LAST inclusive. They lie beside OUTPUT until the joined archive
-# tests good. It can be stopped at any moment: a second run goes on where it was, and does nothing if OUTPUT is there.
+# tests good. It can be stopped at any moment: a second run resumes where it was, and does nothing if OUTPUT is there.
 #
 #     BASE_URL   where the parts are; by default OANet's host
 #     CHECKSUMS  a file as sha256sum writes it, which names every part: each is then compared
@@ -99,7 +99,7 @@ parts can be named in BASE_URL"
             problem="$url cannot be had now (HTTP $answer)"
             ;;
         esac
-        [ $try -lt $TRIES ] || fail 1 "$problem; what has arrived is kept: run again to go on"
+        [ $try -lt $TRIES ] || fail 1 "$problem; what has arrived is kept: run again to resume"
         echo "$1: try $try of $TRIES failed" >&2
         sleep $((2 * try))
         try=$((try + 1))

@@ -1,4 +1,4 @@
-"""Offline step: raw YFCC or ScanNet evaluation data -> one HDF5 file of features and pairs (SPEC 2, 3, 13).
+"""Offline step: raw YFCC or ScanNet evaluation data -> one HDF5 file of features and pairs.
 
     python3 -m dump.dump --config configs/yfcc_eval_sift.yaml [--raw_data_dir DIR] [--output FILE] [--KEY VALUE ...]
                          [--workers 8] [--shard 0/4]
@@ -192,7 +192,7 @@ def _yfcc_scene(raw_data_dir, scene) -> list[tuple[View, View]]:
 
 
 def yfcc_pairs(raw_data_dir, scenes: list[str]) -> list[tuple[View, View]]:
-    """Pairs of OANet's packaging (SPEC 2), scene by scene; all scenes if `scenes` is empty."""
+    """Pairs of OANet's packaging, scene by scene; all scenes if `scenes` is empty."""
     if not scenes:
         scenes = sorted(path.parent.name for path in Path(raw_data_dir, "yfcc100m").glob("*/test"))
         if not scenes:
@@ -210,7 +210,7 @@ def _scannet_view(name) -> View:
 
 
 def scannet_pairs(pair_list) -> list[tuple[View, View]]:
-    """Pairs of SGMNet's packaging (SPEC 2) that a pair list names; cameras come from the raw data all the same."""
+    """Pairs of SGMNet's packaging that a pair list names; cameras come from the raw data all the same."""
     return [(_scannet_view(pair.image0), _scannet_view(pair.image1)) for pair in read_pair_list(pair_list)]
 
 

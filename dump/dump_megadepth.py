@@ -1,4 +1,4 @@
-"""Offline step: MegaDepth, or anything in its layout, -> keypoint and match records to train on (SPEC 3, 4, 5).
+"""Offline step: MegaDepth, or anything in its layout, -> keypoint and match records to train on.
 
     python3 -m dump.dump_megadepth --feature_type sift --base_path MEGADEPTH --save_path OUT [--workers 8] [--shard 0/4]
 
@@ -454,7 +454,7 @@ def print_summary(summary: dict, report: dict) -> None:
 
 def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: str = "float16", device: str = "auto",
               **settings) -> Recipe:
-    """The recipe of SPEC 3 with some `settings` of the extractor changed; InputError for one it does not have."""
+    """The published recipe with some `settings` of the extractor changed; InputError for one it does not have."""
     defaults = FEATURE_TYPES[feature_type].dump_settings
     foreign = sorted(set(settings) - set(defaults))
     if foreign:

@@ -36,18 +36,24 @@ def _load_dict(path) -> dict:
     return content
 
 
+def _field(old: dict, name: str):
+    if name not in old:
+        raise InputError(f"it lacks {name}")
+    return old[name]
+
+
 def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -> dict:
     """A keypoint dict of the original -> a record of ours."""
-    keypoints = numbers(old["keypoints"], None, 2, what="keypoints")
+    keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
     n = len(keypoints)
-    h, w = numbers(old["image_size"], None, what="image_size")[:2]
-    K, pose = check_camera(old["intrinsics"], old["pose"])
-    record = {"image_path": check_name(old["image_path"]), "depth_path": check_name(old["depth_path"]),
+    h, w = numbers(_field(old, "image_size"), None, what="image_size")[:2]
+    K, pose = check_camera(_field(old, "intrinsics"), _field(old, "pose"))
+    record = {"image_path": check_name(_field(old, "image_path")), "depth_path": check_name(_field(old, "depth_path")),
               "image_size": np.array([w, h]).astype(np.int64), "intrinsics": K, "pose": pose,
               "keypoints": keypoints.astype(np.float32)}
     for name, shape, kind in (("scores", (n,), "float32"), ("depth", (n,), "float32"),
                               ("descriptors", (n, FEATURE_TYPES[feature_type].dim), dtype)):
-        record[name] = numbers(old[name], *shape, what=name).astype(kind)
+        record[name] = numbers(_field(old, name), *shape, what=name).astype(kind)
     if f"{PurePosixPath(record['image_path']).name}_{feature_type}.npy" != file_name:
         raise InputError(f"it is of the image {record['image_path']}")
     if n < MIN_KEYPOINTS:
@@ -62,12 +68,13 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
     """A pair of the original -> a match record of ours; n_keypoints: of each image by file name."""
     record, sides = {}, []
     for v, theirs in enumerate("12"):
-        record[f"image_path{v}"] = path = check_name(old[f"image_path{theirs}"])
-        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(old[f"intrinsics{theirs}"], old[f"pose{theirs}"])
+        record[f"image_path{v}"] = path = check_name(_field(old, f"image_path{theirs}"))
+        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(_field(old, f"intrinsics{theirs}"),
+                                                                    _field(old, f"pose{theirs}"))
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
-        side = numbers(old[f"matched_ids{theirs}"], None, what=f"matched_ids{theirs}")
+        side = numbers(_field(old, f"matched_ids{theirs}"), None, what=f"matched_ids{theirs}")
         if len(side) and not (side.min() >= 0 and side.max() < n):
             raise InputError(f"matched_ids{theirs} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))

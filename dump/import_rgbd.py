@@ -1,4 +1,4 @@
-"""An RGB-D sequence (color, depth, pose) -> the MegaDepth layout that dump.dump_megadepth reads (SPEC 2).
+"""An RGB-D sequence (color, depth, pose) -> the MegaDepth layout that dump.dump_megadepth reads.
 
     python3 -m dump.import_rgbd --sequence_path DIR --save_path OUT --scene NAME
 

@@ -1,4 +1,4 @@
-"""Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads (SPEC 2).
+"""Raw MegaDepth -> undistorted images and scene_info files, which dump.dump_megadepth reads.
 
     python3 -m dump.preprocess_megadepth --base_path MEGADEPTH [--scene 0000 0001] [--workers 8] [--shard 0/4]
 
@@ -32,7 +32,7 @@ from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
-from tools.files import below, check_folder, header_size, read_image
+from tools.files import below, check_file, check_folder, header_size, read_image
 from tools.geometry import make_pose, project
 from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
@@ -90,6 +90,7 @@ def largest_side(folder) -> int:
 
 def read_model(folder):
     """The pycolmap.Reconstruction in a folder, text or binary; InputError if it is damaged or has no image."""
+    check_counts(folder)
     try:
         model = import_pycolmap().Reconstruction(str(folder))
     except PYCOLMAP_ERRORS as error:
@@ -97,6 +98,28 @@ def read_model(folder):
     if not any(image.has_pose for image in model.images.values()):
         raise InputError(f"the COLMAP model in {folder} has no image with a pose")
     return model
+
+
+def check_counts(folder) -> None:
+    """InputError if a binary model's file counts more than it holds: pycolmap takes time and memory for any count."""
+    for name, head, width, size in (("cameras.bin", 24, 0, 0), ("images.bin", 64, 8, 24), ("points3D.bin", 43, 8, 8),
+                                    ("rigs.bin", 4, 4, 8), ("frames.bin", 64, 4, 16)):
+        path = Path(folder, name)
+        if not path.exists():
+            continue
+        check_file(path, "file of a COLMAP model")
+        data = path.read_bytes()
+        n, place = int.from_bytes(data[:8], "little"), 8
+        for _ in range(min(n, len(data)) if size else 0):
+            start = place + head if name != "images.bin" else data.find(b"\0", place + head) + 1
+            counted = int.from_bytes(data[start:start + width], "little")
+            place = start + width + size * (counted if name != "rigs.bin" else counted > 0)
+            for _ in range(min(counted, len(data)) - 1 if name == "rigs.bin" else 0):  # sensors with a pose or without
+                place += 65 if data[place + 8:place + 9] == b"\1" else 9
+            if not start or place > len(data):
+                break
+        if place > len(data) or n * (head + width) > len(data):
+            raise InputError(f"no readable COLMAP model in {folder}: {name} counts more than it holds")
 
 
 def usable_images(model, folder) -> tuple[list[str], list]:
@@ -190,7 +213,10 @@ def observations(image, point_ids: np.ndarray, points: np.ndarray):
     cam_from_world = image.cam_from_world().matrix()
     pose = make_pose(cam_from_world[:, :3], cam_from_world[:, 3])
     observed = image.get_observation_points2D()
-    ids = np.array([point.point3D_id for point in observed], dtype=np.int64)
+    ids = np.array([point.point3D_id for point in observed], dtype=np.uint64)
+    if not np.isin(ids, point_ids.astype(np.uint64)).all():
+        raise InputError(f"the COLMAP model is damaged: {image.name} sees points that it does not have")
+    ids = ids.astype(np.int64)
     pixels = np.array([point.xy for point in observed], dtype=np.float64).reshape(-1, 2)
     ids, first = np.unique(ids, return_index=True)  # a track may visit an image twice
     indices, pixels = np.searchsorted(point_ids, ids), pixels[first]

@@ -60,7 +60,7 @@ def median_seconds(functions: dict, rounds: int, device: torch.device) -> dict[s
 
 
 def operations(n: int, dim: int, n_layers: int) -> float:
-    """Multiplications and additions of IMP in one shot for a pair of n keypoints a view, as SPEC 7 writes it.
+    """Multiplications and additions of IMP in one shot for a pair of n keypoints a view.
 
     A shared attention matrix counts once. The encoder, norms, softmax and Sinkhorn are left out: they are few.
     """

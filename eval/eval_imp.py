@@ -1,4 +1,4 @@
-"""Match the pairs of a set, estimate their poses and report how good both are (SPEC 12-14).
+"""Match the pairs of a set, estimate their poses and report how good both are.
 
     python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset yfcc --feature_type sift
     python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp
@@ -23,12 +23,12 @@ from eval.journal import Journal
 from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
 from eval.methods import Method
 from eval.pair_sets import (
+    EvalPair,
     Hdf5PairSet,
     ListPairSet,
     read_scannet_pairs,
     upright_images,
 )
-from eval.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
 from eval.report import (
     best_settings,
     format_iterations,
@@ -45,13 +45,14 @@ from eval.report import (
 )
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
-from tools.cli import MOST_KEYPOINTS, InputError, number, report_skipped, run, whole_number
+from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.config import read_yaml
 from tools.distributed import choose_device
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
 from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
+from tools.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
 from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches
@@ -82,24 +83,27 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     failed = []
     for name, i in zip(names, chosen):
         try:
-            pair = pair_set[rows[i].index]
-            images = upright_images(pair)
-        except InputError as error:
-            failed.append((f"pairs_{name}.png", str(error)))
-            continue
-        strips = []
-        for method, outcome in run_pair(pair, methods, [setting], device)[setting].items():
-            row = results[method][i]
-            title = [f"{method}   {row.names[0]}   {row.names[1]}"]
-            if row.error is not None:
-                title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
-                             f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
-            matches = outcome.all_matches[outcome.used]
-            strips.append(draw_matches(
-                *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
-                epipolar_errors(pair, matches), outcome.all_scores[outcome.used], PRECISION_THRESHOLD))
-        write_image(Path(folder) / f"pairs_{name}.png", cv2.vconcat(strips))
+            write_image(Path(folder) / f"pairs_{name}.png", _draw_pair(
+                pair_set[rows[i].index], methods, {method: results[method][i] for method in methods}, setting, device))
+        except Exception as error:
+            failed.append((f"pairs_{name}.png", reason(error)))
     return failed
+
+
+def _draw_pair(pair: EvalPair, methods: dict[str, Method], rows: dict[str, PairResult], setting: PoseSetting,
+               device) -> np.ndarray:
+    images, strips = upright_images(pair), []
+    for method, outcome in run_pair(pair, methods, [setting], device)[setting].items():
+        row = rows[method]
+        title = [f"{method}   {row.names[0]}   {row.names[1]}"]
+        if row.error is not None:
+            title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
+                         f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
+        matches = outcome.all_matches[outcome.used]
+        strips.append(draw_matches(
+            *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
+            epipolar_errors(pair, matches), outcome.all_scores[outcome.used], PRECISION_THRESHOLD))
+    return cv2.vconcat(strips)
 
 
 def build_pair_set(args):

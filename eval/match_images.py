@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
 from eval.matchers import MATCHERS, NETWORKS
-from eval.pose import ESTIMATORS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
-from tools.files import IMAGE_SUFFIXES, check_folder, write_image
+from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
+from tools.pose import ESTIMATORS
 from tools.visualize import write_strip
 
 
@@ -152,6 +152,7 @@ def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
     sources = [*images, *([Path(settings["weights"])] if settings["weights"] else [])]
     try:
         made = min(Path(f"{path}{end}").stat().st_mtime for end in (".png", ".npz"))
+        check_file(f"{path}.npz")
         with np.load(f"{path}.npz") as content:
             return json.loads(str(content["settings"])) == settings and all(
                 source.stat().st_mtime <= made for source in sources)

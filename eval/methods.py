@@ -1,4 +1,4 @@
-"""What is done with a pair: match it once, or in turns with its pose (SPEC 12)."""
+"""What is done with a pair: match it once, or in turns with its pose."""
 import time
 from dataclasses import dataclass, field
 

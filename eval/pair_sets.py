@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from tools.cli import InputError
 from tools.correspondences import depth_at
 from tools.features import Features
-from tools.files import below, hdf5_array, hdf5_item, open_hdf5, read_depth, read_image
+from tools.files import below, hdf5_array, hdf5_item, hdf5_text, open_hdf5, read_depth, read_image
 from tools.geometry import (
     is_camera_matrix,
     is_rigid,
@@ -136,7 +135,7 @@ class Hdf5PairSet:
         with open_hdf5(self.path) as file:
             for group, index in itertools.product((file["img_path1"], file["img_path2"]), self.indices):
                 with contextlib.suppress(Exception):
-                    names.add(_text(group, str(index)))
+                    names.add(hdf5_text(group, str(index)))
         return names
 
     def __getitem__(self, i: int) -> EvalPair:
@@ -144,7 +143,7 @@ class Hdf5PairSet:
         try:
             # opened for each pair: so whatever the file does is the fault of this pair alone
             with open_hdf5(self.path) as file:
-                names = tuple(_text(file, f"img_path{view}/{index}") for view in "12")
+                names = tuple(hdf5_text(file, f"img_path{view}/{index}") for view in "12")
                 paths = tuple(below(self.image_dir, name) for name in names)
                 K0, K1 = (_numbers(file, f"K{view}/{index}", (3, 3)) for view in "12")
                 T_0to1 = make_pose(_numbers(file, f"R/{index}", (3, 3)), _numbers(file, f"T/{index}", (3,)))
@@ -264,14 +263,6 @@ def _new_size(size: tuple[int, int], resize: tuple | None) -> tuple[int, int]:
         return tuple(resize)
     scale = resize[0] / max(size)
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
-
-
-def _text(file, name: str) -> str:
-    """A string as any writer of HDF5 stores it: alone or as the only element of an array."""
-    value = np.asarray(hdf5_array(file, name, kind="SO")).ravel()
-    if len(value) != 1 or not isinstance(value[0], bytes):
-        raise InputError(f"{name} is not one string")
-    return os.fsdecode(value[0])
 
 
 def _numbers(file, name: str, shape: tuple) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""SPEC 7, 8 and 11 once more, word by word and without regard to speed; nets/ is timed against it, and tested by it.
+"""The networks of docs/method.md once more, without regard to speed; nets/ is timed against it, and tested by it.
 
 It shares nothing with nets/ but the names of the weights: (B, C, N) tensors and 1x1 convolutions, each view by itself,
 attention matrices written out, Sinkhorn unrolled for autograd, EIMP's assignments and pooling sample by sample.
@@ -153,7 +153,7 @@ class Straightforward:
         return keep[stays]
 
     def loss(self, data: dict) -> Tensor:
-        """The matching loss of SPEC 9 where every sample has true matches and others in both views.
+        """The matching loss where every sample has true matches and others in both views.
 
         data["matching_mask"] (B, N0+1, N1+1), without padding.
         """
@@ -176,7 +176,7 @@ class Straightforward:
 
 
 def assignment_of_scores(scores: Tensor, bin_score: Tensor, with_sinkhorn=True) -> Tensor:
-    """SPEC 8: scores (B, n0, n1) -> (B, n0+1, n1+1)."""
+    """Dustbins, then Sinkhorn or dual softmax: scores (B, n0, n1) -> (B, n0+1, n1+1)."""
     batch, n0, n1 = scores.shape
     scores = torch.cat([scores, bin_score.expand(batch, n0, 1)], dim=2)
     scores = torch.cat([scores, bin_score.expand(batch, 1, n1 + 1)], dim=1)

@@ -1,4 +1,4 @@
-"""SuperPoint: keypoints and descriptors of an image (SPEC 3; DeTone, Malisiewicz, Rabinovich, CVPRW 2018)."""
+"""SuperPoint: keypoints and descriptors of an image (DeTone, Malisiewicz, Rabinovich, CVPRW 2018)."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def sample_descriptors(coarse: Tensor, keypoints: Tensor, align_corners: bool = 
 class SuperPoint(nn.Module):
     """Grayscale images (B, 1, H, W) in [0, 1] -> lists over the batch of keypoints, scores and descriptors.
 
-    max_keypoints: the strongest so many, by falling score; -1 keeps all, in raster order.
+    max_keypoints: the strongest so many, in order of descending score; -1 keeps all, in raster order.
     align_corners: see `sample_descriptors`.
     """
 

@@ -43,7 +43,7 @@ class Oracle(Straightforward):
         return torch.stack(matches0).view(shape), torch.stack(scores0).view(shape).detach()
 
     def train(self, data, gt0):
-        """Losses and counts of SPEC 9 and 17 as a dict; gt0 (B, n0): true index in view 1, or -1."""
+        """Matching loss and counts as in golden vectors, a dict; gt0 (B, n0): true index in view 1, or -1."""
         sums = dict.fromkeys(("matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
                               "total_acc_incorr"), 0.0)
         for of_iteration in self.run(data):

@@ -16,7 +16,7 @@ from tools.cli import InputError
 
 
 def published_shapes(network, dim, n_layers, norm_fn):
-    """SPEC 7: names and shapes of a published state dict."""
+    """Names and shapes of a published state dict."""
     shapes = {"bin_score": ()}
 
     def linear(name, n_out, n_in):

@@ -1,4 +1,4 @@
-"""Ground-truth correspondences (SPEC 4)."""
+"""Ground-truth correspondences."""
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def two_views(n, noise=1.0, seed=0, size=(640, 480)):
 
 
 def by_brute_force(keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, pose1, inlier_th=5.0):
-    """SPEC 4 word by word, with all N x N distances."""
+    """docs/method.md, "Ground truth", step by step, with all N x N distances."""
     def moved(keypoints, depth, K_from, pose_from, K_to, pose_to):
         points = np.linalg.inv(K_from) @ np.r_[keypoints.T + 0.5, np.ones((1, len(keypoints)))] * depth
         points = pose_to @ np.linalg.inv(pose_from) @ np.r_[points, np.ones((1, len(keypoints)))]

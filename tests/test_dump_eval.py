@@ -284,7 +284,7 @@ def test_image_without_keypoints(spoilt, output):
                                        "align_corners": True}),
 ])
 def test_configs_are_the_protocol(name, resize, extractor):
-    """SPEC 3, evaluation settings."""
+    """Features of the published evaluation: docs/method.md, "Features"."""
     config = load_config(ROOT / "configs" / f"{name}.yaml", [])
     assert f"{config['dataset']}_eval_{config['feature_type']}" == name
     assert config["resize"] == resize and config["extractor"] == extractor

@@ -883,3 +883,19 @@ def test_what_only_the_loop_cannot_do_is_left_out_of_a_sweep_and_said(scene, wei
     (skipped,) = results["skipped"]
     assert NAMES[1] in str(skipped) and "1 pairs skipped" in capsys.readouterr().err
     assert [numbers["pairs"] for numbers in results["tables"][0]["methods"].values()] == [2, 2, 2]
+
+
+def test_a_picture_that_fails_does_not_end_the_others(scene, tmp_path):
+    pair_set = list_set(scene, [make_pair(0, 1), make_pair(0, 2)])
+    calls = []
+
+    def fails_third(data):
+        calls.append(data)
+        if len(calls) == 3:
+            raise ValueError("odd")
+        return MATCHERS["NN"](MatcherSettings())(data)
+
+    methods = {"mine": Method(fails_third)}
+    results, _ = evaluate(pair_set, methods, [MAGSAC])
+    failed = eval_imp.write_pictures(tmp_path, pair_set, methods, results[MAGSAC], MAGSAC, 2)
+    assert failed == [("pairs_easy.png", "ValueError: odd")] and (tmp_path / "pairs_hard.png").exists()

@@ -18,6 +18,7 @@ from tools.files import (
     check_folder,
     hdf5_array,
     hdf5_image,
+    hdf5_text,
     open_hdf5,
     read_depth,
     read_image,
@@ -222,3 +223,37 @@ def test_hdf5_in_memory_is_the_file(tmp_path):
     path.write_bytes(hdf5_image(lambda file: file.create_dataset("x", data=np.arange(3))))
     with open_hdf5(path) as file:
         np.testing.assert_array_equal(hdf5_array(file, "x"), [0, 1, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"libver": "latest"}, {"userblock_size": 512}])
+def test_text_of_hdf5_files_in_the_ways_it_is_stored(tmp_path, options):
+    with h5py.File(tmp_path / "a.hdf5", "w", **options) as file:
+        names = [letter * n for letter, n in (("ä", 1), ("b", 8), ("c", 1500), ("d", 4000), ("e", 17))]
+        for i, name in enumerate(names):
+            file[f"scalar/{i}"], file[f"array/{i}"], file[f"fixed/{i}"] = name, [name], np.bytes_(name.encode())
+            file.create_dataset(f"chunk/{i}", data=[[name]], maxshape=(None, 1), chunks=(1, 1))
+        file["two"], file["number"] = ["a", "b"], 5
+        file.create_dataset("packed", data=["a"], compression="gzip")
+    with open_hdf5(tmp_path / "a.hdf5") as file:
+        for group in ("scalar", "array", "fixed", "chunk"):
+            assert [hdf5_text(file[group], str(i)) for i in range(5)] == names
+        for name, said in (("two", "not one string"), ("number", "of type int64"), ("packed", "is not read here"),
+                           ("none", "is missing"), ("fixed", "not a plain dataset")):
+            with pytest.raises(InputError, match=said):
+                hdf5_text(file, name)
+
+
+def test_damaged_text_of_an_hdf5_file_takes_neither_memory_nor_time(tmp_path):
+    path = tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        file["name"] = "images/0.jpg"
+        element = file["name"].id.get_offset()
+    whole = path.read_bytes()
+    heap = whole.index(b"GCOL")
+    for place, value in ((element, 2 ** 30), (element + 4, 2 ** 31), (element + 8, 2 ** 31), (element + 12, 9),
+                         (heap, 0), (heap + 8, 20), (heap + 16, 0), (heap + 24, 0), (heap + 28, 2 ** 31)):
+        damaged = bytearray(whole)
+        damaged[place:place + 4] = value.to_bytes(4, "little")
+        path.write_bytes(damaged)
+        with open_hdf5(path) as file, pytest.raises(InputError, match=r"name of .*a\.hdf5 is damaged"):
+            hdf5_text(file, "name")

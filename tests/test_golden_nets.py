@@ -1,4 +1,4 @@
-"""The networks against the golden vectors of the published definition (SPEC 17, tests/golden)."""
+"""The networks against the golden vectors of the published definition (tests/golden)."""
 import json
 from pathlib import Path
 

@@ -162,7 +162,7 @@ def test_single_precision(kind):
 
 
 def test_samples_without_matches_or_without_dustbins():
-    """SPEC 9: no true match adds 0 to the first mean; an empty dustbin column or row is left out of its mean."""
+    """No true match adds 0 to the first mean; an empty dustbin column or row is left out of its mean."""
     matcher = make_matcher("gm", n_layers=2)
     oracle = make_oracle("gm", matcher)
     data = make_data(8, 8, DIM, 3)
@@ -598,7 +598,7 @@ def test_removal_is_for_one_pair():
 # pooling
 
 def test_keep_indices():
-    """SPEC 11 on numbers to follow by eye: P = {0, 1, 2, 3}; the lower medians are of keypoints 1 and 2."""
+    """Adaptive pooling on numbers to follow by eye: P = {0, 1, 2, 3}; the lower medians are of keypoints 1 and 2."""
     p = torch.zeros(8, 3)
     p[:4, 0] = 0.2
     p[3, :2] = 0.1  # the row counts, not its best

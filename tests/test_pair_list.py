@@ -1,4 +1,4 @@
-"""Pair lists: every shape of SPEC 2, and lines that are none."""
+"""Pair lists: every form of a line that is allowed, and lines that are not."""
 from pathlib import Path
 
 import numpy as np

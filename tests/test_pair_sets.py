@@ -313,7 +313,7 @@ def with_value(index, value):
     ("depth1", lambda values: values[:-1], "depth0: of shape"),
     ("depth2", with_value(2, -1), "depth1 is negative"),
     ("img_path1", lambda value: b"../images/a.png", "must lie below"),
-    ("img_path2", lambda value: [b"a", b"b"], "img_path2/1 is not one string"),
+    ("img_path2", lambda value: [b"a", b"b"], "img_path2/1 of .* is not one string"),
     ("kpt1", lambda values: h5py.ExternalLink("other.hdf5", "/kpt1/0"), "a link to elsewhere"),
     ("desc2", None, "desc2/1 of .* is missing"),
 ])

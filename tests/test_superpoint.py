@@ -42,7 +42,7 @@ def network(weights):
 
 
 def by_the_book(state, image, radius, threshold, border=4):
-    """SPEC 3: image (H, W) in [0, 1] -> {(x, y): (score, descriptor)}."""
+    """SuperPoint pixel by pixel: image (H, W) in [0, 1] -> {(x, y): (score, descriptor)}."""
     def conv(name, x):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=LAYERS[name][2] // 2)
 

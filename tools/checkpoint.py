@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def load_checkpoint(path, device="cpu") -> dict:
         raise InputError(f"no checkpoint at {path}")
     try:
         _check_zip(path)
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+        with (warnings.catch_warnings(action="ignore"),
+              torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])):
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Two views with depth and pose -> which keypoints see the same point (SPEC 4)."""
+"""Two views with depth and pose -> which keypoints see the same point (docs/method.md, "Ground truth")."""
 import numpy as np
 from scipy.spatial import cKDTree
 
@@ -18,7 +18,7 @@ def depth_at(depth: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
 def reproject(keypoints: np.ndarray, depth: np.ndarray, K_from, pose_from, K_to, pose_to) -> np.ndarray:
     """Keypoints (N, 2) with depth (N,) of one view -> their place in another (N, 2); inf behind that camera.
 
-    Keypoints in OpenCV's pixel convention, K in COLMAP's (SPEC 4, step 1).
+    Keypoints in OpenCV's pixel convention, K in COLMAP's.
     """
     points = lift(keypoints + 0.5, depth, K_from, pose_from)
     pixels, depth_to = project(points, K_to, pose_to)
@@ -26,7 +26,7 @@ def reproject(keypoints: np.ndarray, depth: np.ndarray, K_from, pose_from, K_to,
 
 
 def match_by_projection(keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, pose1, inlier_th=5.0) -> np.ndarray:
-    """True correspondences of two views with depth, one-to-one, sorted by index in view 0 (SPEC 4).
+    """True correspondences of two views with depth, one-to-one, sorted by index in view 0.
 
     keypoints0/1 (N, 2) pixels, OpenCV's convention; depth0/1 (N,), <= 0 = unknown; K0/1 (3, 3), COLMAP's convention;
     pose0/1 (4, 4) world-to-camera; inlier_th in pixels. Returns (M, 2) int32.

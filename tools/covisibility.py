@@ -1,4 +1,4 @@
-"""Which images of a scene see the same surface, from their depth maps: the fields of a scene_info file (SPEC 2)."""
+"""Which images of a scene see the same surface, from their depth maps: the fields of a scene_info file."""
 import numpy as np
 from scipy.sparse import csc_matrix
 from tqdm import tqdm
@@ -113,7 +113,7 @@ def is_seen(points: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarr
 
 
 def pair_matrices(point_indices: list, ndepths: list, n_points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Overlap and scale ratio (SPEC 2) of n images, two (n, n) arrays.
+    """Overlap and scale ratio, as in a scene_info file, of n images: two (n, n) arrays.
 
     point_indices: per image (M_i,) different indices in [0, n_points); ndepths: per image (M_i,) depth / mean focal
     length, > 0. The overlap is -1 in row and column of an image without points, the scale ratio where no point is

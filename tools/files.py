@@ -7,8 +7,10 @@ import math
 import os
 import re
 import stat
+import struct
 import tempfile
 import uuid
+import warnings
 from pathlib import Path, PureWindowsPath
 
 import cv2
@@ -182,7 +184,7 @@ def header_size(path) -> tuple[int, int] | None:
     """(w, h) of an image file by its header, as stored; None where that is not known without decoding it."""
     try:
         check_file(path, "image")
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return image.size
     except Exception:  # whatever a damaged file makes of Pillow's readers: OpenCV decides then
         return None
@@ -288,13 +290,7 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
-    if item is None:
-        raise InputError(f"{where} is missing")
-    if not isinstance(item, h5py.Dataset) or item.shape is None or item.external or item.is_virtual:
-        raise InputError(f"{where} is not a plain dataset")
-    if item.dtype.kind not in kind:
-        raise InputError(f"{where} is of type {item.dtype}")
+    item, where = _plain_dataset(file, name, kind), f"{name} of {file.file.filename}"
     if shape is not None and (len(shape) != len(item.shape)
                               or any(n is not None and n != there for n, there in zip(shape, item.shape))):
         raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
@@ -303,6 +299,51 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     if item.size > MAX_PIXELS * 4 or max(item.nbytes, chunk) > largest:
         raise InputError(f"{where} claims shape {item.shape}, more than the file holds")
     return item[()]
+
+
+def hdf5_text(file, name: str) -> str:
+    """The string of dataset `name` of an open HDF5 file or group, alone or the only element of an array.
+
+    One of any length is read without the library, which takes memory and walks as a damaged file tells it to: its
+    element holds the length, the address of a heap and the number of an object in there.
+    """
+    item, where = _plain_dataset(file, name, "SO"), f"{name} of {file.file.filename}"
+    if item.size != 1:
+        raise InputError(f"{where} is not one string")
+    if item.dtype.kind == "S":
+        return os.fsdecode(np.ravel(hdf5_array(file, name, kind="S"))[0])
+    with open(item.file.filename, "rb") as stored:
+        end = stored.seek(0, os.SEEK_END)
+        if item.chunks is None and item.id.get_offset() is not None:
+            stored.seek(item.id.get_offset())
+            element = stored.read(16)
+        else:
+            plain = 0 < 16 * math.prod(item.chunks or (0,)) <= end and not item.id.get_create_plist().get_nfilters()
+            element = item.id.read_direct_chunk((0,) * item.ndim)[1][:16] if plain else b""
+        if len(element) == 16 and h5py.check_string_dtype(item.dtype):
+            length, address, wanted = struct.unpack("<IQI", element)
+            stored.seek(min(item.file.userblock_size + address, end))
+            heap = stored.read(16)
+            size = struct.unpack("<8xQ", heap)[0] if heap[:4] == b"GCOL" and len(heap) == 16 else 0
+            heap = stored.read(min(size, end))
+            place = 0
+            while place + 16 <= len(heap):
+                number, n = struct.unpack_from("<H6xQ", heap, place)
+                if number == wanted and length <= n <= len(heap) - place - 16:
+                    return os.fsdecode(heap[place + 16:place + 16 + length].rstrip(b"\0"))
+                place += 16 + (n + 7) // 8 * 8
+    raise InputError(f"{where} is damaged, or stored in a way that is not read here")
+
+
+def _plain_dataset(file, name: str, kind: str):
+    item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
+    if item is None:
+        raise InputError(f"{where} is missing")
+    if not isinstance(item, h5py.Dataset) or item.shape is None or item.external or item.is_virtual:
+        raise InputError(f"{where} is not a plain dataset")
+    if item.dtype.kind not in kind:
+        raise InputError(f"{where} is of type {item.dtype}")
+    return item
 
 
 def hdf5_image(write) -> bytes:

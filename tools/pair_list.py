@@ -68,8 +68,8 @@ def _parse(tokens: list[str]) -> Pair:
         numbers = np.array(numbers, dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"{error} among K0 K1 T_0to1; all are numbers") from None
-    if not np.isfinite(numbers).all():
-        raise ValueError("nan or inf among K0 K1 T_0to1; all are finite numbers")
+    if not (np.abs(numbers) < 1e12).all():  # nor nan
+        raise ValueError("nan or inf, or more than 1e12, among K0 K1 T_0to1; all are finite numbers")
     pair = Pair(*names, *map(int, turns))
     if len(numbers):
         pair.K0, pair.K1 = numbers[:18].reshape(2, 3, 3)

@@ -1,4 +1,4 @@
-"""D2-Net's scene_info files (SPEC 2): what is known of the images of one scene, and which of them overlap."""
+"""D2-Net's scene_info files: what is known of the images of one scene, and which of them overlap."""
 import itertools
 import sys
 from pathlib import Path
@@ -118,7 +118,7 @@ def list_scenes(base_path, scene_list=None) -> dict[str, Path]:
 
 
 def candidate_pairs(info: dict) -> np.ndarray:
-    """Ordered pairs (P, 2) of image indices by overlap and shared points (SPEC 4), in lexicographic order.
+    """Ordered pairs (P, 2) of image indices that overlap as training pairs should, in lexicographic order.
 
     info: as from load_scene_info. Images without a path, depth map, K or pose are in no pair.
     """
@@ -150,11 +150,14 @@ def read_megadepth1500(folder) -> list[Pair]:
 def _read_pair_infos(path) -> list[Pair]:
     info, pairs, left_out = load_npz(path), [], []
     fields = ("image_paths", "intrinsics", "poses", "pair_infos")
-    if not isinstance(info, dict) or not all(isinstance(info.get(name), (list, np.ndarray)) for name in fields):
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), list) or getattr(info.get(name), "ndim", 0) for name in fields):
         raise InputError(f"{path} is no file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
     for entry in info["pair_infos"]:
         try:
-            i, j = numbers(entry[0], 2, what="a pair").astype(int)
+            i, j = (int(k) for k in numbers(entry[0], 2, what="a pair"))
+            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):
+                raise InputError(f"images {i} and {j}, which the file does not have")
             (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
             names = [check_name(info["image_paths"][k]) for k in (i, j)]
             pairs.append(Pair(*names, 0, 0, colmap_to_opencv_K(K0), colmap_to_opencv_K(K1),

@@ -10,6 +10,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tools.cli import InputError, run
+from tools.files import check_file
 from tools.visualize import plot_curves, plot_panels
 
 MAX_POINTS = 120
@@ -25,6 +26,8 @@ def read_curves(folder, tags: dict[str, str], points: int) -> dict[str, tuple[np
     log = Path(folder) / "tensorboard"
     events = EventAccumulator(str(log), size_guidance={"scalars": 0})
     if log.is_dir():
+        for path in log.iterdir():
+            check_file(path)
         events.Reload()
     curves = {}
     for name, tag in tags.items():

@@ -1,7 +1,7 @@
 """Training samples: from pairs of views, of a dump or made on the fly, to batches.
 
 Every sample is a function of (seed, number of the sample in the run), so a run gives the same samples for any number
-of workers and processes, and goes on after a stop from the number alone.
+of workers and processes, and resumes after a stop from the number alone.
 """
 import multiprocessing
 import signal
