@@ -155,9 +155,12 @@ def _read_pair_infos(path) -> list[Pair]:
         raise InputError(f"{path} is no file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
     for entry in info["pair_infos"]:
         try:
-            i, j = (int(k) for k in numbers(entry[0], 2, what="a pair"))
-            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):
-                raise InputError(f"images {i} and {j}, which the file does not have")
+            if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:
+                raise InputError("it holds what is no pair")
+            i, j = numbers(entry[0], 2, what="a pair")
+            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):  # nor nan
+                raise InputError(f"images {i:g} and {j:g}, which the file does not have")
+            i, j = int(i), int(j)
             (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
             names = [check_name(info["image_paths"][k]) for k in (i, j)]
             pairs.append(Pair(*names, 0, 0, colmap_to_opencv_K(K0), colmap_to_opencv_K(K1),
