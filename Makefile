@@ -1,17 +1,20 @@
-# make test    install what is missing into .venv, then run the tests
-# make demo    the whole way on scenes made here: images -> features and matches -> training -> evaluation
-# make lint    ruff
-# make fuzz    damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
+# make test       install what is missing into .venv, then run the tests
+# make test-long  the tests, then 10,000 damaged files: before a release
+# make demo       the whole way on scenes made here: images -> features and matches -> training -> evaluation
+# make lint       ruff
+# make fuzz       damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := runs/demo
 
-.PHONY: test demo lint fuzz clean-demo
+.PHONY: test test-long demo lint fuzz clean-demo
 
 # the cores share the tests, a file each at a time
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-long: test fuzz
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -42,6 +42,7 @@ def _field(old: dict, name: str):
     return old[name]
 
 
+@np.errstate(over="ignore")  # what half precision cannot hold is not finite, which is refused
 def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -> dict:
     """A keypoint dict of the original -> a record of ours."""
     keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
@@ -110,7 +111,7 @@ def _check_count(old, scene: str, feature_type: str, n_pairs: int) -> None:
                 said = load_npy(path)
                 said = said.item() if said.shape == () else None
                 said = said.get(scene, n_pairs) if isinstance(said, dict) else said
-                said = f"says {said} pairs" if said != n_pairs else ""
+                said = f"says {said} pairs" if not np.array_equal(said, n_pairs) else ""
             except Exception as error:
                 said = reason(error)
             if said:

@@ -32,8 +32,8 @@ from dump.shards import deal, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, reason, report_skipped, run
 from tools.covisibility import axis_angles, pair_matrices
-from tools.files import below, check_file, check_folder, header_size, read_image
-from tools.geometry import make_pose, project
+from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
+from tools.geometry import is_camera_matrix, make_pose, project
 from tools.locks import InUse, locked
 from tools.scene_info import write_scene_info
 
@@ -95,6 +95,10 @@ def read_model(folder):
         model = import_pycolmap().Reconstruction(str(folder))
     except PYCOLMAP_ERRORS as error:
         raise InputError(f"no readable COLMAP model in {folder}: {error}") from None
+    for number, camera in model.cameras.items():
+        if not (is_camera_matrix(camera.calibration_matrix()) and np.isfinite(camera.params).all()
+                and camera.width * camera.height <= MAX_PIXELS):  # undistorting to such a size would not end
+            raise InputError(f"the COLMAP model in {folder} is damaged: camera {number} is none")
     if not any(image.has_pose for image in model.images.values()):
         raise InputError(f"the COLMAP model in {folder} has no image with a pose")
     return model

@@ -29,7 +29,6 @@ from eval.pair_sets import (
     read_scannet_pairs,
     upright_images,
 )
-from eval.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
 from eval.report import (
     best_settings,
     format_iterations,
@@ -53,6 +52,7 @@ from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
 from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
+from tools.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
 from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches

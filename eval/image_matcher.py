@@ -9,9 +9,7 @@ import numpy as np
 from eval.iterative import IterationStep
 from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
 from eval.methods import Method, to_data
-from eval.metrics import epipolar_error, pose_error
 from eval.pair_sets import EvalPair
-from eval.pose import estimate_pose, translation_is_determined
 from tools import checkpoint
 from tools.cli import InputError
 from tools.distributed import choose_device
@@ -30,6 +28,8 @@ from tools.geometry import (
     turn_keypoints,
     turn_pose,
 )
+from tools.metrics import epipolar_error, pose_error
+from tools.pose import estimate_pose, translation_is_determined
 from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
 VERSION = 1  # of the npz and of what is in it
@@ -236,7 +236,7 @@ class ImageMatcher:
 
     matching_method, feature_type, weights: None is the best on hand (`choose_model`). resize: longer side at which
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
-    eval.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
+    tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
     there is one), cpu, cuda or cuda:N.
     """

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eval.metrics import angle_between, pose_error
 from tools.geometry import make_pose
+from tools.metrics import angle_between, pose_error
 
 READ_THRESHOLD = 0.1  # score of a match on the way, for the pose of that iteration
 MIN_MATCHES = 25  # fewer say too little of the pose
@@ -69,7 +69,7 @@ def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = Fal
 
     matcher: IMP, EIMP or GM (`nets.build_matcher`) in evaluation mode; data: as it takes it, B = 1; estimate: matches
     (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never
-    stopped (see `eval.pose.estimate_pose`). use_uncertainty: EIMP pools by a threshold in proportion to the share of
+    stopped (see `tools.pose.estimate_pose`). use_uncertainty: EIMP pools by a threshold in proportion to the share of
     inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
     if the pose never stayed the same. n_layers: iterations at most (None: all that the network has). published: as the
     published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens keypoints.

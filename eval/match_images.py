@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
 from eval.matchers import MATCHERS, NETWORKS
-from eval.pose import ESTIMATORS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
+from tools.pose import ESTIMATORS
 from tools.visualize import write_strip
 
 

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import torch
 
-from eval.metrics import bootstrap_interval, pose_auc, precision_at_recall
 from eval.results import STAGES, PairResult
 from eval.run import PoseSetting, Results, pose_errors
 from tools.files import atomic_path, write_json
+from tools.metrics import bootstrap_interval, pose_auc, precision_at_recall
 from tools.visualize import Figure, plot_curves
 
 AUC_THRESHOLDS = (5, 10, 20)  # degrees

@@ -5,11 +5,11 @@ from typing import get_args
 import numpy as np
 
 from eval.methods import Outcome
-from eval.metrics import epipolar_error, pose_error
 from eval.pair_sets import EvalPair
 from tools.cli import InputError
 from tools.correspondences import match_by_projection
 from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
+from tools.metrics import epipolar_error, pose_error
 
 PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
 STAGES = ("features", "matching", "pose")  # of the seconds

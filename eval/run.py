@@ -14,17 +14,17 @@ from tqdm import tqdm
 
 from eval.journal import Journal
 from eval.methods import Method, to_data
-from eval.metrics import pose_auc
 from eval.pair_sets import EvalPair
-from eval.pose import timed_estimate_pose
 from eval.results import STAGES, PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
+from tools.metrics import pose_auc
+from tools.pose import timed_estimate_pose
 from tools.processes import WorkerPool
 
 
 @dataclass(frozen=True)
 class PoseSetting:
-    """A robust estimator (a key of `eval.pose.ESTIMATORS`), its threshold in pixels, and the seed of its samples."""
+    """A robust estimator (a key of `tools.pose.ESTIMATORS`), its threshold in pixels, and the seed of its samples."""
 
     estimator: str = "magsac"
     threshold: float = 1.0

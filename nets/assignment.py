@@ -1,4 +1,4 @@
-"""Descriptors of two views -> assignment matrix with dustbins -> mutual matches (SPEC 8)."""
+"""Descriptors of two views -> assignment matrix with dustbins -> mutual matches."""
 import torch
 from torch import Tensor
 

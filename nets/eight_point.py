@@ -1,4 +1,4 @@
-"""The eight-point algorithm with a weight for each match, batched and differentiable (SPEC 9)."""
+"""The eight-point algorithm with a weight for each match, batched and differentiable."""
 import torch
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Building blocks of the matchers: pointwise MLP, keypoint encoder, attention, propagation layers (SPEC 7).
+"""Building blocks of the matchers: pointwise MLP, keypoint encoder, attention, propagation layers.
 
 Everything works on (B, N, C) tensors, keypoints before channels. The two views of a pair lie one after the other in
 one tensor, (B, N0 + N1, C), so that what looks at each keypoint alone is one matrix product for both. The weights

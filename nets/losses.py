@@ -1,4 +1,4 @@
-"""Training losses (SPEC 9)."""
+"""Training losses."""
 from typing import NamedTuple
 
 import torch

@@ -1,4 +1,4 @@
-"""The matchers GM, IMP and EIMP (SPEC 7, 8, 11): features of two views -> matches, one iteration at a time."""
+"""The matchers GM, IMP and EIMP: features of two views -> matches, one iteration at a time."""
 from collections.abc import Iterator
 
 import torch
@@ -306,7 +306,7 @@ class IMP(Matcher):
 
 
 class EIMP(Matcher):
-    """IMP that drops keypoints unlikely to be matched (SPEC 11)."""
+    """IMP that drops keypoints unlikely to be matched."""
 
     shares_attention = True
     pools = True

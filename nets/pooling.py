@@ -1,4 +1,4 @@
-"""Adaptive pooling: which keypoints EIMP keeps (SPEC 11)."""
+"""Adaptive pooling: which keypoints EIMP keeps."""
 import torch
 from torch import Tensor
 

@@ -176,6 +176,8 @@ class Table:
         for failure in {(failure.cause, failure.place): failure for failure in failures}.values():
             key = failure.cause, failure.place
             self.causes[key] += 1
+            if key not in self.first:
+                print(f"{name} {number}: {failure.cause} {failure.place}", file=sys.stderr, flush=True)
             self.first.setdefault(key, (name, number, failure.text))
 
     def text(self) -> str:

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
+import train
 from tools.cli import InputError
 from tools.config import load_config, parse_overrides, read_config
-from training.config import DEFAULTS, load_train_config
+from training.config import DEFAULTS, SETTINGS, load_train_config
 
 SIMPLE = {"lr": 1e-4, "layers": 15, "with_sinkhorn": True, "gpu": [], "weight_path": None, "network": "imp"}
 
@@ -83,9 +84,9 @@ def test_what_nobody_writes_in_a_configuration_is_one_short_line(tmp_path, suffi
 def test_aliases_and_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     path = tmp_path / "config.yml"
-    path.write_text("base: &b {lr: 1, layers: 9}\nmine: {<<: *b, layers: 7, weight_path: ~/a.pth}\nother: ~\n")
+    path.write_text("first: &b {lr: 1, layers: 9}\nmine: {<<: *b, layers: 7, weight_path: ~/a.pth}\nother: ~\n")
     content = read_config(path)
-    assert content == {"base": {"lr": 1, "layers": 9}, "mine": {"lr": 1, "layers": 7, "weight_path": "/home/me/a.pth"},
+    assert content == {"first": {"lr": 1, "layers": 9}, "mine": {"lr": 1, "layers": 7, "weight_path": "/home/me/a.pth"},
                        "other": None}
     online = {"online_sources": [{"path": "~/photos"}], "online": 1, "base_path": "~/dump"}
     (tmp_path / "config.json").write_text(json.dumps(online))
@@ -151,6 +152,31 @@ def test_published_schedule_is_what_the_shipped_config_says():
                 "ac_fn": "relu", "with_sinkhorn": True, "n_min_tokens": 256, "optim": "adam"}
     assert {key: config[key] for key in expected} == expected
     assert set(config) == set(DEFAULTS)
+
+
+def test_a_configuration_says_only_what_differs_from_its_base(tmp_path):
+    (tmp_path / "a.json").write_text('{"base": "b.json", "lr": 1e-3}')
+    (tmp_path / "b.json").write_text('{"base": "c.json", "lr": 1e-5, "layers": 7}')
+    (tmp_path / "c.json").write_text('{"layers": 3, "seed": 5}')
+    config = load_train_config(tmp_path / "a.json", ["--seed", "6"])
+    assert config == {**DEFAULTS, "lr": 1e-3, "layers": 7, "seed": 6}
+    geo = load_train_config("configs/config_train_megadepth_eimp_geo.json", [])
+    plain = load_train_config("configs/config_train_megadepth.json", [])
+    assert {key for key in geo if geo[key] != plain[key]} == {"network", "save_path", "with_pose"}
+    for content, message in (('{"base": "a.json"}', "is its own base"), ('{"base": 3}', "base should be a text"),
+                             ('{"base": "d.json"}', "d.json")):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            load_train_config(tmp_path / "a.json", [])
+
+
+def test_every_setting_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for key, setting in SETTINGS.items():
+        (k,) = [k for k, line in enumerate(lines) if line.split()[:1] == [f"--{key}"]]
+        assert json.dumps(setting.default) in lines[k] and lines[k + 1].strip() == setting.help
 
 
 def test_a_configuration_of_the_original_is_read(tmp_path, capsys):

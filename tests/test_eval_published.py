@@ -31,7 +31,7 @@ extractor: {name: sp, num_kpt: 150, resize: [-1], overwrite: false, num_process:
 
 def wide_sift(image):
     """Features with the 256 channels that spp has."""
-    found = Sift(400, 1e-5)(image)
+    found = Sift(250, 1e-5)(image)
     return replace(found, descriptors=np.repeat(found.descriptors, 2, axis=1) / np.float32(np.sqrt(2)))
 
 
@@ -89,8 +89,8 @@ def test_published_protocol_from_end_to_end(capsys):
     # inliers: all in front of both cameras; pooling: with uncertainty alone
     one_shot = [table["methods"]["EIMP"] for table in (default, published)]
     assert one_shot[0]["matches"] == one_shot[1]["matches"] > one_shot[1]["inliers"] > 1.05 * one_shot[0]["inliers"]
-    assert theirs["keypoints_kept"] == theirs["keypoints"] == 400 > uncertain["keypoints_kept"]
-    assert ours["keypoints_kept"] < 400
+    assert theirs["keypoints_kept"] == theirs["keypoints"] == 250 > uncertain["keypoints_kept"]
+    assert ours["keypoints_kept"] < 250
 
 
 def test_the_originals_yaml_of_an_evaluation(tmp_path, capsys):

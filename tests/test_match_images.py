@@ -16,13 +16,13 @@ from PIL import Image
 
 from eval import draw_overview, match_images
 from eval.image_matcher import ImageMatcher, choose_model, describe_pose
-from eval.metrics import epipolar_error, pose_error
 from nets import build_matcher
 from tools import checkpoint
 from tools.cli import InputError, run
 from tools.exif import EXIF_IFD
 from tools.files import read_image, write_image
 from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
+from tools.metrics import epipolar_error, pose_error
 from tools.pair_list import Pair, write_pair_list
 from training.start import warm_start
 

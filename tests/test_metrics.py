@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from eval.metrics import bootstrap_interval, epipolar_error, pose_auc, pose_error, precision_at_recall
 from tools.geometry import essential_matrix, make_pose
+from tools.metrics import bootstrap_interval, epipolar_error, pose_auc, pose_error, precision_at_recall
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 

@@ -1,4 +1,5 @@
 """Names of packages, and where files that ship are found."""
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,23 @@ def test_files_that_ship_are_found(tmp_path, monkeypatch):
     assert checkpoint.find_weights("imp_sift.pth") == tmp_path / "mine" / "imp_sift.pth"
     monkeypatch.delenv("IMP_WEIGHTS")
     assert checkpoint.find_weights("imp_sift.pth") == Path("weights/imp_sift.pth")
+
+
+def test_imports_point_one_way():
+    allowed = {"nets": set(), "tools": {"nets"}} | {name: {"nets", "tools"} for name in ("dump", "training", "eval")}
+    for package in allowed:
+        for path in (ROOT / package).rglob("*.py"):
+            if path == ROOT / "eval" / "benchmark.py":  # measures every step
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [
+                    alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                others = {name.partition(".")[0] for name in names} & allowed.keys() - {package}
+                assert others <= allowed[package], path
+
+
+def test_names_that_moved_are_importable_from_where_they_were():
+    from eval import metrics, pose
+    from tools.metrics import pose_auc
+    from tools.pose import estimate_pose
+    assert metrics.pose_auc is pose_auc and pose.estimate_pose is estimate_pose

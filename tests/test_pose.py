@@ -4,15 +4,15 @@ import poselib
 import pytest
 from scipy.spatial.transform import Rotation
 
-from eval.metrics import epipolar_error, pose_error
-from eval.pose import (
+from tools.geometry import essential_matrix, make_pose, project, to_camera_coordinates
+from tools.metrics import epipolar_error, pose_error
+from tools.pose import (
     ESTIMATORS,
     PROSAC_ITERATIONS,
     PUBLISHED_ESTIMATOR,
     estimate_pose,
     translation_is_determined,
 )
-from tools.geometry import essential_matrix, make_pose, project, to_camera_coordinates
 
 METHODS = list(ESTIMATORS)
 # two very different cameras: a mean of the two intrinsics would fit neither

@@ -25,6 +25,7 @@ from tools.records import read_record, write_record
 from training import curves, trainer
 from training.config import DEFAULTS, load_train_config
 from training.data import Choice, DumpSource, Samples
+from training.state import load_optimizer, read_state
 from training.trainer import build, learning_rate
 from training.validation import match_pictures
 
@@ -207,16 +208,29 @@ def of_state(change):
     (lambda content: content.update(skipped=[["a", "b"]]), "its skipped is"),
     (lambda content: content.update(scenes=None), "its scenes is None"),
     (lambda content: content.update(config={"lr": torch.zeros(2)}), "its config is"),
+])
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, run_once, spoil, message):
+    path = tmp_path / "latest.pth"
+    content = load_checkpoint(run_once / "run" / "latest.pth")
+    spoil(content)
+    torch.save(content, path)
+    optimizer = torch.optim.Adam(build({**DEFAULTS, **SMALL}).parameters())
+    with pytest.raises(InputError, match=message) as raised:
+        load_optimizer(optimizer, read_state(path)["optimizer"], path)
+    assert str(path) in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda content: content.update(optimizer=[1]), "its optimizer has not the 1 groups"),
     (lambda content: content["config"].update(online_sources=np.float64(1)), "trained with online_sources 1.0"),
     (lambda content: content["config"].update(online_sources=[5]), r"trained with online_sources \[5\]"),
 ])
-def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, run_once, spoil, message):
+def test_training_does_not_resume_from_a_damaged_checkpoint(tmp_path, run_once, spoil, message):
     content = load_checkpoint(run_once / "run" / "latest.pth")
     spoil(content)
     torch.save(content, tmp_path / "latest.pth")
-    with pytest.raises(InputError, match=message) as raised:
+    with pytest.raises(InputError, match=message):
         train_with(run_once / "config.json", "--save_path", tmp_path, "--resume_path", tmp_path / "latest.pth")
-    assert str(tmp_path / "latest.pth") in str(raised.value) and len(str(raised.value).splitlines()) == 1
 
 
 def test_a_run_is_not_overwritten(setup, tmp_path, capsys):

@@ -14,6 +14,9 @@ MOST_KEYPOINTS = 2 ** 30 - 1
 class InputError(Exception):
     """A mistake in what the user gave: one line that names the file or option and says how to mend it."""
 
+    def __str__(self):
+        return " ".join(super().__str__().split())  # a name may hold line breaks
+
 
 class OutputError(OSError):
     """What is written to is at fault (full, read-only, not permitted): it ends a whole job, not one of its items.

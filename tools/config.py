@@ -60,10 +60,22 @@ def read_yaml(path) -> dict:
 def read_config(path) -> dict:
     """Read a YAML or JSON file that holds a mapping, its keys texts; `~` in it is the home folder.
 
+    The key `base` names another such file, in the folder of this one, whose keys hold where this file has none.
     InputError if a key is there twice, or if there is more than anybody writes: aliases in YAML can say more values
     than memory holds.
     """
-    return read_yaml(path) if Path(path).suffix in (".yaml", ".yml") else _mapping(read_json(find_config(path)), path)
+    merged, path, read = {}, Path(path), set()
+    while True:
+        path = find_config(path)
+        content = read_yaml(path) if path.suffix in (".yaml", ".yml") else _mapping(read_json(path), path)
+        base = content.pop("base", None)
+        merged = {**content, **merged}
+        if base is None:
+            return merged
+        read.add(path)
+        path = path.with_name(_typed("base", base, "", str(path)))
+        if path in read:
+            raise InputError(f"{path} is its own base")
 
 
 def _mapping(content, path) -> dict:

@@ -108,7 +108,8 @@ def _join(worker, rank: int, world_size: int, device: torch.device, arguments):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meeting_point(rank, world_size),
                                 rank=rank, world_size=world_size)
     result = worker(Job(rank, world_size, device), *arguments)
-    if world_size > 1:  # not after an error: NCCL would wait here for the other processes
+    if world_size > 1:  # not after an error: both wait for the other processes
+        dist.barrier()
         dist.destroy_process_group()
     return result
 

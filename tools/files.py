@@ -213,7 +213,7 @@ def _from_floats(path, color: bool) -> np.ndarray | None:
     image = _decode(path, cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype.kind != "f" or (image.ndim == 3 and image.shape[2] not in (3, 4)):
         return None
-    image = np.nan_to_num(image, posinf=0, neginf=0).astype(np.float32)
+    image = np.clip(np.nan_to_num(image, posinf=0), 0, 1e38).astype(np.float32)
     image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
     if image.ndim == 3:
         return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)

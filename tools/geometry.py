@@ -8,6 +8,7 @@ import numpy as np
 
 def is_camera_matrix(K: np.ndarray) -> bool:
     """Whether (3, 3) has positive focal lengths, the last row 0, 0, 1, an inverse, and values of a size that occurs."""
+    K = np.asarray(K, np.float64)  # products of half precision overflow
     # a comparison with NaN is false
     return bool(np.abs(K).max() < 1e9 and min(K[0, 0], K[1, 1], K[0, 0] * K[1, 1] - K[0, 1] * K[1, 0]) > 1e-6
                 and (K[2] == [0, 0, 1]).all())
@@ -15,6 +16,7 @@ def is_camera_matrix(K: np.ndarray) -> bool:
 
 def is_rigid(pose: np.ndarray) -> bool:
     """Whether (4, 4) is a rotation and a translation, to the precision of a text file."""
+    pose = np.asarray(pose, np.float64)
     R = pose[:3, :3]
     # not allclose, which is slow: training comes here for every sample
     return bool(np.abs(pose).max() < 1e12 and np.abs(R @ R.T - np.eye(3)).max() < 1e-2 and np.linalg.det(R) > 0

@@ -150,13 +150,17 @@ def read_megadepth1500(folder) -> list[Pair]:
 def _read_pair_infos(path) -> list[Pair]:
     info, pairs, left_out = load_npz(path), [], []
     fields = ("image_paths", "intrinsics", "poses", "pair_infos")
-    if not isinstance(info, dict) or not all(isinstance(info.get(name), (list, np.ndarray)) for name in fields):
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), list) or getattr(info.get(name), "ndim", 0) for name in fields):
         raise InputError(f"{path} is not a file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
     for entry in info["pair_infos"]:
         try:
-            i, j = (int(k) for k in numbers(entry[0], 2, what="a pair"))
-            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):
-                raise InputError(f"images {i} and {j}, which the file does not have")
+            if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:
+                raise InputError("it holds what is no pair")
+            i, j = numbers(entry[0], 2, what="a pair")
+            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):  # nor nan
+                raise InputError(f"images {i:g} and {j:g}, which the file does not have")
+            i, j = int(i), int(j)
             (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
             names = [check_name(info["image_paths"][k]) for k in (i, j)]
             pairs.append(Pair(*names, 0, 0, colmap_to_opencv_K(K0), colmap_to_opencv_K(K1),

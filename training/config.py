@@ -1,107 +1,107 @@
-"""The knobs of training, with what they are when a config does not say."""
+"""The settings of training: what each is for, what it is where a config does not say, and what it may be."""
+from typing import NamedTuple
+
 from nets.losses import POSE_CLAMP, POSE_FORMS
 from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
+from tools.features import FEATURE_TYPES
 
-DEFAULTS = {
+MOST = 2 ** 31
+
+
+class Setting(NamedTuple):
+    """least, most: of a number. None is a limit of the method: beyond them a run would only wait, or not start."""
+
+    default: object
+    help: str
+    least: float = 0
+    most: float = 2 ** 63
+    choices: tuple[str, ...] = ()
+
+
+SETTINGS = {
     # data
-    "base_path": "data/megadepth_sift",  # a dump of dump.dump_megadepth; online also photographs, or MegaDepth's layout
-    "scene_list_fn": None,  # file of scene ids to train on; None: all of the dump
-    "val_scene_list_fn": None,  # file of scene ids to validate on; None: no validation
-    "val_path": None,  # dump to validate on; None: base_path, if there is val_scene_list_fn
-    "val_pairs": 200,
-    "do_eval": False,  # every eval_epochs, estimate poses of the validation pairs too, and draw some of them
-    "eval_epochs": 5,
-    "val_images": None,  # folder that holds the images of the validation dump, for those pictures; None: none
-    "feature": "sift",  # sift or spp
-    "pairs_per_scene": 80,
-    "max_keypoints": 1024,
-    "min_inliers": 32,
-    "max_inliers": 512,
-    "random_inliers": True,  # draw the number of true matches, rather than taking all
+    "base_path": Setting("data/megadepth_sift", "dump of dump.dump_megadepth; online: also photographs, or MegaDepth's "
+                                                "layout"),
+    "scene_list_fn": Setting(None, "file of scene ids to train on; null: all of the dump"),
+    "val_scene_list_fn": Setting(None, "file of scene ids to validate on; null: no validation"),
+    "val_path": Setting(None, "dump to validate on; null: base_path, if there is val_scene_list_fn"),
+    "val_pairs": Setting(200, "pairs of a validation", 1, MOST),
+    "do_eval": Setting(False, "every eval_epochs, estimate poses of the validation pairs too, and draw some of them"),
+    "eval_epochs": Setting(5, "see do_eval", 1, MOST),
+    "val_images": Setting(None, "folder of the images of the validation dump, for pictures; null: no pictures"),
+    "feature": Setting("sift", "local features", choices=tuple(FEATURE_TYPES)),
+    "pairs_per_scene": Setting(80, "pairs drawn from each scene", 1, MOST),
+    "max_keypoints": Setting(1024, "keypoints of a view in a sample", 1, 2 ** 30),
+    "min_inliers": Setting(32, "true matches of a sample, at least"),
+    "max_inliers": Setting(512, "true matches of a sample, at most"),
+    "random_inliers": Setting(True, "draw the number of true matches, rather than taking all"),
     # samples made on the fly
-    "online": False,
-    # what to mix, instead of base_path and scene_list_fn: a list of {"path", "weight" (1), "scene_list_fn" (all)}
-    "online_sources": [],
-    "online_views": 4,  # of a photograph or a pair of images; half of them make samples with each of the other half
-    "view_size": 640,  # longer side of a view, pixels
-    "extract_keypoints": 2048,  # strongest of a view, of which a sample takes max_keypoints
-    "min_keypoints": 256,  # a view with fewer is made again
-    "contrast_threshold": 0.005,  # of sift
-    "unique_locations": True,  # sift: one keypoint per place
-    "inlier_th": 3.0,  # pixels between a keypoint and where its true match should be, at most
-    # Keypoints count as unmatched if nothing lies so close to where their match should be, in pixels, and those in
-    # between or without depth are left out, those of dumps too. 0: all that have no true match count, and a dump is
-    # taken as it is.
-    "outlier_th": 0.0,
+    "online": Setting(False, "make samples on the fly from images"),
+    "online_sources": Setting([], "what to mix, instead of base_path and scene_list_fn: a list of {path, weight (1), "
+                                  "scene_list_fn (all)}"),
+    "online_views": Setting(4, "views of a photograph or pair of images; each even one makes a sample with each odd "
+                               "one", 2, 64),
+    "view_size": Setting(640, "longer side of a view, pixels", 64, 2 ** 14),
+    "extract_keypoints": Setting(2048, "strongest of a view, of which a sample takes max_keypoints", 1, MOST_KEYPOINTS),
+    "min_keypoints": Setting(256, "keypoints of a view, at least: with fewer it is made again", 1, MOST),
+    "contrast_threshold": Setting(0.005, "of sift"),
+    "unique_locations": Setting(True, "sift: one keypoint per location"),
+    "inlier_th": Setting(3.0, "reprojection error of a true match, at most, pixels"),
+    "outlier_th": Setting(0.0, "reprojection error from which a keypoint is unmatched, pixels; those in between or "
+                               "without depth are left out. 0: all without a true match are unmatched"),
     # network
-    "network": "imp",  # gm, imp (or dgnns), eimp (or adagmn)
-    "layers": 15,  # iterations
-    "norm_fn": "in",  # in, bn
-    "ac_fn": "relu",  # relu, gelu, lrelu
-    "with_sinkhorn": True,  # False: dual softmax
-    "sinkhorn_iterations": 20,
-    "match_threshold": 0.2,
-    "n_min_tokens": 256,  # views with no more keypoints are not pooled (eimp)
-    "init": "published",  # warm: start as a nearest-neighbour matcher
-    "weight_path": None,  # checkpoint whose weights to start from
+    "network": Setting("imp", "matcher (dgnns: imp, adagmn: eimp)", choices=("gm", "imp", "dgnns", "eimp", "adagmn")),
+    "layers": Setting(15, "iterations", 1, 1000),
+    "norm_fn": Setting("in", "instance or batch norm", choices=("in", "bn")),
+    "ac_fn": Setting("relu", "activation", choices=("relu", "gelu", "lrelu")),
+    "with_sinkhorn": Setting(True, "false: dual softmax"),
+    "sinkhorn_iterations": Setting(20, "of the assignment", 1, 10000),
+    "match_threshold": Setting(0.2, "score of a match, at least", 0, 1),
+    "n_min_tokens": Setting(256, "eimp: views with no more keypoints are not pooled"),
+    "init": Setting("published", "warm: start as a nearest-neighbour matcher", choices=("published", "warm")),
+    "weight_path": Setting(None, "checkpoint whose weights to start from"),
     # schedule
-    "optim": "adam",  # adam, adamw
-    "lr": 1e-4,
-    "min_lr": 1e-6,
-    # Share of lr for the last layer of each residual branch and of the keypoint encoder. A warm start makes these
-    # small; with all of lr, above 1e-4, Adam's steps are as large as a descriptor and undo it.
-    "branch_lr": 1.0,
-    "warmup_its": 0,  # steps over which lr rises from 0: Adam's first steps are all of full size, and undo a warm init
-    # Norm of the gradient at most; 0: as it is. With small batches one pair in a hundred has a gradient ten times the
-    # others', and Adam then takes ten large steps its way.
-    "clip_grad": 0.0,
-    "decay_rate": 0.999992,
-    "decay_iter": 200000,
-    "batch_size": 16,  # over all processes
-    "epochs": 10000,
-    "its_per_epoch": 1000,  # steps; -1: as many as one draw of pairs gives
+    "optim": Setting("adam", "optimiser", choices=("adam", "adamw")),
+    "lr": Setting(1e-4, "learning rate"),
+    "min_lr": Setting(1e-6, "learning rate at the end of the decay"),
+    # A warm start makes these small; with all of lr, above 1e-4, Adam's steps are as large as a descriptor and undo it.
+    "branch_lr": Setting(1.0, "share of lr for the last layer of each residual branch and of the keypoint encoder"),
+    "warmup_its": Setting(0, "steps over which lr rises from 0: Adam's first steps are large, and undo a warm start"),
+    # With small batches one pair in a hundred has a gradient ten times the others', and Adam then takes ten large steps
+    # its way.
+    "clip_grad": Setting(0.0, "norm of the gradient, at most; 0: no limit"),
+    "decay_rate": Setting(0.999992, "factor of lr a step, after decay_iter"),
+    "decay_iter": Setting(200000, "steps before lr decays"),
+    "batch_size": Setting(16, "samples of a step, over all processes", 1, 2 ** 20),
+    "epochs": Setting(10000, "epochs", 1, MOST),
+    "its_per_epoch": Setting(1000, "steps of an epoch; -1: as many as one draw of pairs gives", -1, MOST),
+    "max_minutes": Setting(0.0, "stop and save after so long; 0: no limit"),
+    "seed": Setting(0, "of weights and samples", 0, 2 ** 63 - 1),
     # pose-consistency loss
-    "with_pose": False,
+    "with_pose": Setting(False, "add the pose-consistency loss"),
     # The pose loss, which is pose_clamp at most, then adds 1 at most. On small scenes its gradient was 0.1 to 1.5 times
     # the matching loss's once most matches were right, and less before.
-    "pose_weight": 10.0,
-    "pose_clamp": POSE_CLAMP,  # squared distance of a true match to the pose, at most, in units of the focal length
+    "pose_weight": Setting(10.0, "factor of the pose loss"),
+    "pose_clamp": Setting(POSE_CLAMP, "squared distance of a true match to the pose, at most, in units of the focal "
+                                      "length"),
     # plain: an earlier form of the paper's authors, of matches above 0.2 and without Hartley's normalisation; with it
     # go pose_clamp 5e-4, pose_weight 5000, pose_start 0
-    "pose_form": "normalised",
-    "pose_start": 20000,  # steps after which it is switched on: by then matches are good enough for eight points
-    "max_minutes": 0.0,  # stop cleanly after so long; 0: no limit
-    "seed": 0,
+    "pose_form": Setting("normalised", "how the weighted eight-point algorithm is set up", choices=tuple(POSE_FORMS)),
+    "pose_start": Setting(20000, "steps after which the pose loss begins: matches are then good enough"),
     # machine
-    "gpu": [],  # which GPUs; []: all there are, or the CPU; [-1]: the CPU
-    "precision": "float32",  # bfloat16: autocast; the assignment and the pose stay in float32 or wider
-    "compile": False,  # torch.compile of the layers
-    "workers": 4,  # sample-making processes, over all processes of the job
+    "gpu": Setting([], "numbers of GPUs; []: all there are, or the CPU; -1: the CPU"),
+    "precision": Setting("float32", "bfloat16: autocast; assignment and pose stay in float32 or wider",
+                         choices=("float32", "bfloat16")),
+    "compile": Setting(False, "torch.compile of the layers"),
+    "workers": Setting(4, "processes that make samples, over all processes of the job", 0, 1024),
     # results
-    "save_path": "runs/train",
-    # a checkpoint, or the save_path of an earlier run, to go on from; save_path itself: from where it is, if anywhere
-    "resume_path": None,
-    "keep_checkpoints": 3,  # how many of the epochs' checkpoints to keep, besides latest and best
+    "save_path": Setting("runs/train", "folder of checkpoints, logs and curves"),
+    "resume_path": Setting(None, "checkpoint or folder of an earlier run to resume; save_path itself: resume if there "
+                                 "is anything"),
+    "keep_checkpoints": Setting(3, "checkpoints of epochs to keep, besides latest and best", 1, MOST),
 }
-
-CHOICES = {
-    "feature": ("sift", "spp"),
-    "network": ("gm", "imp", "dgnns", "eimp", "adagmn"),
-    "norm_fn": ("in", "bn"),
-    "ac_fn": ("relu", "gelu", "lrelu"),
-    "init": ("published", "warm"),
-    "optim": ("adam", "adamw"),
-    "pose_form": tuple(POSE_FORMS),
-    "precision": ("float32", "bfloat16"),
-}
-# What numbers may be: at least and at most; others: at least 0. None of the limits is one of the method's: beyond them
-# a run would only wait, or not start.
-RANGES = {"val_pairs": (1, 2 ** 31), "eval_epochs": (1, 2 ** 31), "pairs_per_scene": (1, 2 ** 31),
-          "max_keypoints": (1, 2 ** 30), "extract_keypoints": (1, MOST_KEYPOINTS), "min_keypoints": (1, 2 ** 31),
-          "online_views": (2, 64), "view_size": (64, 2 ** 14), "layers": (1, 1000), "sinkhorn_iterations": (1, 10000),
-          "match_threshold": (0, 1), "batch_size": (1, 2 ** 20), "epochs": (1, 2 ** 31), "its_per_epoch": (-1, 2 ** 31),
-          "workers": (0, 1024), "keep_checkpoints": (1, 2 ** 31), "seed": (0, 2 ** 63 - 1)}
+DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 # of the original's configurations
 UNUSED = ("name", "dataset", "network_1", "network_2", "base_path_", "scene_list_fn_", "scene_list_fn_validation",
           "min_overlap_ratio", "max_overlap_ratio", "image_size", "pre_load", "error_th", "train", "optim_",
@@ -123,14 +123,11 @@ def _check_source(entry) -> None:
 def load_train_config(path, arguments: list[str]) -> dict:
     """Defaults, a JSON file and command-line overrides -> the configuration; InputError names what is wrong in it."""
     config = load_config(path, DEFAULTS, arguments, UNUSED)
-    for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            raise InputError(f"{key} {config[key]!r}: expected one of {', '.join(choices)}")
-    for key, value in config.items():
-        if type(value) not in (int, float):
-            continue
-        least, most = RANGES.get(key, (0, 2 ** 63))
-        if not least <= value <= most:
+    for key, (_, _, least, most, choices) in SETTINGS.items():
+        value = config[key]
+        if choices and value not in choices:
+            raise InputError(f"{key} {value!r}: expected one of {', '.join(choices)}")
+        if type(value) in (int, float) and not least <= value <= most:
             expected = f"at least {least}" if value < least else f"at most {most}"
             raise InputError(f"{key} {str(value)[:40]}: expected {expected}")
     if not all(type(index) is int and index >= -1 for index in config["gpu"]):

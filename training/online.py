@@ -1,4 +1,4 @@
-"""Pairs made on the fly from images (SPEC 6, online mode): of photographs, and of scenes in MegaDepth's layout.
+"""Pairs made on the fly from images (online mode): of photographs, and of scenes in MegaDepth's layout.
 
 A source makes `views` views of one photograph, or by turns of the two images of a pair, and pairs each even one with
 each odd one: 2 views make 1 pair, 4 make 4, 6 make 9. A view is a function of the seed and its number, so that it does
@@ -101,7 +101,7 @@ def _make_pair(source, k: int, attempt: int) -> Pair:
     group, member = divmod(k, settings.pairs)
     even, odd = divmod(member, settings.views // 2)
     views = [_view(source, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
-    # true matches by projection, from keypoints, depth, K and pose (SPEC 4)
+    # true matches by projection, from keypoints, depth, K and pose
     cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
     matches, unmatched = settings.labels.of(*cameras)
     paths = tuple(view["image_path"] for view in views)
@@ -151,7 +151,7 @@ class PhotoSource:
 
 
 class SceneSource:
-    """Pairs of images with depth and pose of scenes in MegaDepth's layout (SPEC 2, 4), each turned and zoomed."""
+    """Pairs of images with depth and pose of scenes in MegaDepth's layout, each turned and zoomed."""
 
     has_pose = True
 

@@ -1,4 +1,4 @@
-"""The training loop: build, step, validate, save, go on (SPEC 9, 10)."""
+"""The training loop: build, step, validate, save, go on."""
 import contextlib
 import re
 import signal

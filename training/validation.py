@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.metrics import epipolar_error, pose_auc, pose_error
-from eval.pose import estimate_pose
 from nets.losses import targets_from_mask
 from tools.cli import InputError
 from tools.distributed import Job
 from tools.files import read_image
+from tools.metrics import epipolar_error, pose_auc, pose_error
+from tools.pose import estimate_pose
 from tools.visualize import draw_matches
 from training.data import Samples, StepBatches, collate, make_loader
 
@@ -32,7 +32,7 @@ def _matches_of(batch: dict, matches0: torch.Tensor, i: int) -> tuple[np.ndarray
 
 
 def _pose_errors(batch: dict, matches0: torch.Tensor) -> list[float]:
-    """Pose error in degrees, inf where there is no pose, of each sample (SPEC 14)."""
+    """Pose error in degrees, inf where there is no pose, of each sample."""
     errors = []
     for i in range(len(matches0)):
         rows0, rows1 = _matches_of(batch, matches0, i)

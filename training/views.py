@@ -1,4 +1,4 @@
-"""Random views of an image, for samples made on the fly (SPEC 6): cameras, resampling, light.
+"""Random views of an image, for samples made on the fly: cameras, resampling, light.
 
 A photograph is a plane in space, seen by a camera anywhere in front of it. An image with depth is seen by its own
 camera, turned about its centre and with another focal length, which needs no depth and leaves the pose exact.
