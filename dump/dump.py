@@ -9,7 +9,7 @@ docs/formats.md lists what the file holds. A pair of which an image, its camera 
 and the numbers close up. Depth is for images that have a depth map: YFCC test/depths/<image stem>.h5, ScanNet
 depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
 
-It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, which the next run goes on with, and
+It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, from which the next run resumes, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.
 
 Shards, one a machine, extract the features of every N-th image. The run without --shard that follows them makes what

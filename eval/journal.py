@@ -1,4 +1,4 @@
-"""The file that lets an interrupted evaluation go on: a line of JSON for each finished pair.
+"""The file that lets an interrupted evaluation resume: a line of JSON for each finished pair.
 
     {"format": "imp-eval-journal", "version": 3, "settings": {...}}       first line: what the results depend on
     {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "seed": ..., "result": {...}},

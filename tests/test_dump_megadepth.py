@@ -1,4 +1,4 @@
-"""dump.dump_megadepth: the records, going on after an interruption, verification, bad input."""
+"""dump.dump_megadepth: the records, resuming after an interruption, verification, bad input."""
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,7 @@
 """Checkpoints: written whole, loaded without running code, and clear about what does not fit.
 
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
-and what else is needed to go on.
+and what else is needed to resume.
 """
 import functools
 import os
