@@ -9,7 +9,7 @@ docs/formats.md lists what the file holds. A pair of which an image, its camera 
 and the numbers close up. Depth is for images that have a depth map: YFCC test/depths/<image stem>.h5, ScanNet
 depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
 
-It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, which the next run goes on with, and
+It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, from which the next run resumes, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.
 
 Shards, one a machine, extract the features of every N-th image. The run without --shard that follows them makes what
@@ -181,9 +181,9 @@ def _yfcc_scene(raw_data_dir, scene) -> list[tuple[View, View]]:
         numbers(content, None, 2)  # level by level: a list of a pickle may hold itself, which has no size
         pairs = np.array(content).reshape(len(content), -1)
     except Exception as error:  # ragged, for one
-        raise InputError(f"{path} is no list of pairs of image numbers: {error}") from None
+        raise InputError(f"{path} is not a list of pairs of image numbers: {error}") from None
     if len(content) and (pairs.dtype.kind not in "iu" or pairs.shape[1] != 2):
-        raise InputError(f"{path} is no list of pairs of image numbers")
+        raise InputError(f"{path} is not a list of pairs of image numbers")
     if len(content) and not 0 <= pairs.min() <= pairs.max() < len(images):
         raise InputError(f"{path} names image {pairs.max() if pairs.min() >= 0 else pairs.min()} of {len(images)}")
     views = [View(str(root / image), (str(root / camera),), (str(root / "depths" / f"{PurePosixPath(image).stem}.h5"),))
@@ -358,8 +358,8 @@ def _read_finished(path, settings) -> dict:
             made = {**file.attrs, "settings": json.loads(file.attrs["settings"])}
             counts, skipped = (json.loads(file[name].asstr()[()]) for name in ("counts", "skipped"))
     except Exception as error:
-        raise InputError(f"{path} is there but no finished dump ({describe_error(error)}): delete it, or change output"
-                         ) from None
+        raise InputError(f"{path} is there but not a finished dump ({describe_error(error)}): delete it, or change "
+                         "output") from None
     check_settings({name: value.item() if isinstance(value, np.generic) else value for name, value in made.items()},
                    settings, path)
     return {**counts, "skipped": skipped, "images_per_second": None, "pairs_per_second": None}
@@ -506,7 +506,7 @@ def verify_eval(path) -> tuple[int, list]:
                     problems += [(f"pair {number}", f"{name}{side} is not that of its image")
                                  for name in ("kpt", "desc", "size") if image.get(name) != pair[f"{name}{side}"]]
     except Exception as error:
-        raise InputError(f"{path} is no finished dump, or damaged ({describe_error(error)}): delete it and run again"
+        raise InputError(f"{path} is not a finished dump, or damaged ({describe_error(error)}): delete it and run again"
                          ) from None
     return n_pairs, problems
 

@@ -3,8 +3,8 @@
     python3 -m dump.dump_megadepth --feature_type sift --base_path MEGADEPTH --save_path OUT [--workers 8] [--shard 0/4]
 
 Scene by scene: features of every image that has a candidate pair, then the correspondences of the pairs. It may be
-stopped at any moment, and goes on where it was with a result identical to the byte: a record appears whole or not at
-all, pairs are tried in a fixed order, so the last match record says where to go on; a scene is complete when
+stopped at any moment, and resumes where it was with a result identical to the byte: a record appears whole or not at
+all, pairs are tried in a fixed order, so the last match record says where to resume; a scene is complete when
 OUT/scenes/<scene>.json is there. `tools/manifest.py` describes the folder and reads it.
 
 Shards, one a machine, get whole scenes, every N-th, so that no two write the same file; all N, at once or one after
@@ -199,7 +199,7 @@ def _matches_done(save_path, scene):
 
 
 def _position_after(save_path, scene, done, pairs, image_paths):
-    """Index in `pairs` (P, 2) from which to go on when `done` match records exist."""
+    """Index in `pairs` (P, 2) from which to resume when `done` match records exist."""
     if not done:
         return 0
     last = match_path(save_path, scene, done - 1)
@@ -222,7 +222,7 @@ def _image_task(info, i, scene, base_path, save_path, recipe) -> ImageTask:
 
 def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1,
                work: Work | None = None) -> dict:
-    """Dump one scene, going on with what is there; return its counts, which are also OUT/scenes/<scene>.json.
+    """Dump one scene, resuming from what is there; return its counts, which are also OUT/scenes/<scene>.json.
 
     info_path: its scene_info file. pool: from worker_pool(workers). work: is added to. Counts: pairs, images,
     candidate_pairs, candidate_images, few_keypoints (images), rejected (pairs, by reason), skipped ([name, reason] of
@@ -395,7 +395,7 @@ def _verify_scene(path, scene, manifest) -> tuple[int, list]:
 def verify_dump(path, scenes=None) -> tuple[int, list]:
     """Re-read a dump -> (number of records, [(file or scene, what is wrong)]).
 
-    scenes: ids that must be complete; all begun ones if None. Raises InputError for a folder that is no dump.
+    scenes: ids that must be complete; all begun ones if None. Raises InputError for a folder that is not a dump.
     """
     manifest = read_manifest(path)
     n_records, problems = 0, []
@@ -458,14 +458,14 @@ def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: st
     defaults = FEATURE_TYPES[feature_type].dump_settings
     foreign = sorted(set(settings) - set(defaults))
     if foreign:
-        raise InputError(f"--{foreign[0]} is no setting of {feature_type}: it has {', '.join(defaults)}")
+        raise InputError(f"--{foreign[0]} is not a setting of {feature_type}: it has {', '.join(defaults)}")
     return Recipe(feature_type, {**defaults, **settings}, min_keypoints, descriptor_dtype, device)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="dump.dump_megadepth", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Features and correspondences of scenes in MegaDepth's layout. Run it again to go on.")
+        description="Features and correspondences of scenes in MegaDepth's layout. Run it again to resume.")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES))
     parser.add_argument("--base_path", help="folder that holds scene_info/")
     parser.add_argument("--save_path", required=True, help="folder of the dump; one feature type each")

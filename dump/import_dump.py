@@ -153,7 +153,7 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
 def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16") -> dict:
     """Import a dump of the original -> {scene: counts as from import_scene, or {"failed": reason}}.
 
-    feature_type: None: the one that OLD has. InputError if OLD is no such dump, or NEW was made by something else.
+    feature_type: None: the one that OLD has. InputError if OLD is not such a dump, or NEW was made by something else.
     """
     found = [name for name in FEATURE_TYPES if (Path(old) / f"keypoints_{name}").is_dir()]
     if feature_type is None and len(found) > 1:

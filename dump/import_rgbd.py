@@ -61,7 +61,7 @@ def import_rgbd(sequence_path, save_path, scene, first=None, last=None, eval_pai
     """
     sequence_path, save_path = Path(sequence_path), Path(save_path)
     if not re.fullmatch(r"\w[\w.-]*", scene):
-        raise InputError(f"--scene {scene!r} is no plain folder name: letters, digits, `_`, `-` and `.` only")
+        raise InputError(f"--scene {scene!r} is not a plain folder name: letters, digits, `_`, `-` and `.` only")
     frames, lost, skipped = list_frames(sequence_path, scene, first, last)
     K = opencv_to_colmap_K(read_intrinsics(sequence_path / "camera-intrinsics.txt"))
     if lost:
@@ -104,7 +104,7 @@ def read_intrinsics(path) -> np.ndarray:
     """Camera matrix (3, 3) of a text file; InputError if it is none."""
     K = read_matrix(path, 3)
     if not is_camera_matrix(K):
-        raise InputError(f"{path} is no camera matrix; expected fx 0 cx, 0 fy cy, 0 0 1, in pixels")
+        raise InputError(f"{path} is not a camera matrix; expected fx 0 cx, 0 fy cy, 0 0 1, in pixels")
     return K
 
 
@@ -136,7 +136,7 @@ def list_frames(sequence_path: Path, scene: str, first=None, last=None) -> tuple
         if not np.isfinite(pose).all():
             lost += 1
         elif not is_rigid(pose):
-            skipped.append((name, f"{name}.pose.txt is no camera-to-world pose: not a rotation and a translation"))
+            skipped.append((name, f"{name}.pose.txt is not a camera-to-world pose: not a rotation and a translation"))
         elif not colors:
             skipped.append((name, "it has no color.jpg or color.png"))
         elif not depth.is_file():

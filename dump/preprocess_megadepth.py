@@ -12,7 +12,7 @@ and gets, scene by scene, what exists being kept:
     Undistorted_SfM/<scene>/{images,sparse,stereo}
     scene_info/<scene>.0.npz
 
-It may be stopped at any moment, and goes on with the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
+It may be stopped at any moment, and resumes at the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
 its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Shards, one a machine, get whole scenes, and
 whoever is at one holds its lock. Memory: the COLMAP model of one scene.
 """

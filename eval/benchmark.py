@@ -60,7 +60,7 @@ def median_seconds(functions: dict, rounds: int, device: torch.device) -> dict[s
 
 
 def operations(n: int, dim: int, n_layers: int) -> float:
-    """Multiplications and additions of IMP in one shot for a pair of n keypoints a view.
+    """Multiplications and additions of one-shot IMP for a pair of n keypoints a view.
 
     A shared attention matrix counts once. The encoder, norms, softmax and Sinkhorn are left out: they are few.
     """
@@ -341,7 +341,7 @@ def _evaluated_matcher(weights):
 
 
 def benchmark_eval(args, device: torch.device) -> dict:
-    """A whole evaluation in one shot and in turns, for several numbers of processes that estimate poses."""
+    """A whole evaluation, one-shot and iterative, for several numbers of processes that estimate poses."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -356,7 +356,7 @@ def benchmark_eval(args, device: torch.device) -> dict:
         pair_set = Hdf5PairSet(folder / "sift.hdf5", raw)
         torch.manual_seed(0)
         matcher = Network(_evaluated_matcher(args.weights).to(device), 0.2)
-        for name, method in (("one-shot", Method(matcher)), ("in turns", Method(matcher, iterative=True))):
+        for name, method in (("one-shot", Method(matcher)), ("iterative", Method(matcher, iterative=True))):
             for workers in sorted({0, args.workers}):
                 start = time.perf_counter()
                 results, _ = evaluate(pair_set, {name: method}, [PoseSetting(args.estimator, 3.0)], device=device,

@@ -4,10 +4,10 @@
     python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp
     python3 -m eval.eval_imp --matching_method NN_ratio --pairs pairs.txt --image_dir images --feature_type sift
 
-With --use_iterative each network has a second row, `IMP iterative`: matching and pose estimation in turns, beside the
-same network in one shot. The first method is the baseline: where depth is known, precision against the true
+With --use_iterative each network has a second row, `IMP iterative`: matching and pose estimation together, beside the
+same network one-shot. The first method is the baseline: where depth is known, precision against the true
 correspondences is given at its recall. Results go to --save_path: results.json, pairs.csv, pose_recall.png and
-pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interrupted run goes on when started again.
+pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interrupted run resumes when started again.
 """
 import argparse
 import sys
@@ -240,9 +240,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "
                         "both cameras an inlier, pooling in the loop with --use_uncertainty alone")
     parser.add_argument("--use_iterative", action="store_true",
-                        help="also run each network in turns with the pose, until that stays the same")
+                        help="also match iteratively with each network, until the pose stays the same")
     parser.add_argument("--use_uncertainty", action="store_true",
-                        help="in these turns, let EIMP keep more keypoints where few matches agree with the pose")
+                        help="in this loop, let EIMP keep more keypoints where few matches agree with the pose")
     parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "
                         "configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")
@@ -328,7 +328,7 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
 
     if args.threshold != "sweep":
         return *evaluate_some(JOURNALS[0], methods, settings), None
-    # the loop depends on the threshold from its first pose on: it runs at the one that is best in one shot
+    # the loop depends on the threshold from its first pose on: it runs at the one-shot matches' best
     one_shot = {name: method for name, method in methods.items() if not method.iterative}
     loops = {name: method for name, method in methods.items() if method.iterative}
     results, skipped = evaluate_some(JOURNALS[0], one_shot, settings)
@@ -400,7 +400,7 @@ def main(argv=None) -> int:
     if args.plot_time_auc and scored:
         plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
-    for name in JOURNALS:  # all is written: there is nothing left to go on with
+    for name in JOURNALS:  # all is written: there is nothing left to resume
         (folder / name).unlink(missing_ok=True)
     print(f"results: {folder}")
     return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))

@@ -1,4 +1,4 @@
-"""Matching and pose estimation in turns: a network's iterations, until the pose stays the same."""
+"""Iterative matching and pose estimation: a network's iterations, until the pose stays the same."""
 import time
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ def same_pose(pose: tuple | None, other: tuple | None) -> bool:
 @torch.no_grad()
 def match_iteratively(matcher, data: dict, estimate, use_uncertainty: bool = False, threshold: float = 0.2,
                       n_layers: int | None = None, published: bool = False) -> IterativeMatch:
-    """Match one pair and estimate its pose in turns.
+    """Match one pair and estimate its pose iteratively.
 
     matcher: IMP, EIMP or GM (`nets.build_matcher`) in evaluation mode; data: as it takes it, B = 1; estimate: matches
     (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never

@@ -1,4 +1,4 @@
-"""The file that lets an interrupted evaluation go on: a line of JSON for each finished pair.
+"""The file that lets an interrupted evaluation resume: a line of JSON for each finished pair.
 
     {"format": "imp-eval-journal", "version": 3, "settings": {...}}       first line: what the results depend on
     {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "seed": ..., "result": {...}},
@@ -29,7 +29,7 @@ class Journal:
     n_damaged: lines that were dropped.
 
     settings: what the results depend on, as JSON. Raises InputError if the file holds pairs done with other settings,
-    if it is no journal, or if another process has it open. A link in its place is replaced. To be used in a with
+    if it is not a journal, or if another process has it open. A link in its place is replaced. To be used in a with
     statement, at whose end it goes if no pair was finished.
     """
 
@@ -62,7 +62,7 @@ class Journal:
         first, *lines = lines or [b""]
         made, good, n_before = _parse(first), [first], len(first) + 1  # bytes in front of the first damaged line
         if data and (made.get("format") != FORMAT or not isinstance(made.get("settings"), dict)):
-            raise InputError(f"{self.path} is no journal of an evaluation: move it away")
+            raise InputError(f"{self.path} is not a journal of an evaluation: move it away")
         for line in lines:
             content = _parse(line)
             if type(content.get("pair")) is int and isinstance(content.get("results"), list):

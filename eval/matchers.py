@@ -79,7 +79,7 @@ class NearestNeighbor:
 
 
 class Network:
-    """GM, IMP or EIMP in one shot: the matches of its last iteration.
+    """One-shot GM, IMP or EIMP: the matches of its last iteration.
 
     n_iterations: how many it runs (None: all it has). path: its weights; scenes: those it was trained on, if the file
     says so, else None.

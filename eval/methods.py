@@ -1,4 +1,4 @@
-"""What is done with a pair: match it once, or in turns with its pose."""
+"""What is done with a pair: match it one-shot, or iteratively with its pose."""
 import time
 from dataclasses import dataclass, field
 
@@ -62,7 +62,7 @@ def match_one_shot(matcher, data: dict, estimate) -> Outcome:
 class Method:
     """A matcher (see `eval.matchers`) and how it is used.
 
-    iterative: in turns with the pose, for matchers that are an `eval.matchers.Network`. use_uncertainty: see
+    iterative: with the pose, for matchers that are an `eval.matchers.Network`. use_uncertainty: see
     `eval.iterative.match_iteratively`; it matters to EIMP alone. published: see there, too.
     """
 

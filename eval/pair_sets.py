@@ -99,11 +99,11 @@ class Hdf5PairSet:
         with open_hdf5(path) as file:
             missing = [group for group in HDF5_GROUPS if not isinstance(hdf5_item(file, group), h5py.Group)]
             if missing:
-                raise InputError(f"{path} is no evaluation dump: it lacks the group {missing[0]}; make it with "
+                raise InputError(f"{path} is not an evaluation dump: it lacks the group {missing[0]}; make it with "
                                  "dump.dump")
             names = list(file["kpt1"])
             if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", name) for name in names):
-                raise InputError(f"{path} is no evaluation dump: the names in its groups are not pair indices")
+                raise InputError(f"{path} is not an evaluation dump: the names in its groups are not pair indices")
             self.indices = sorted(map(int, names))
             if not self.indices:
                 raise InputError(f"{path} holds no pairs; delete it and run dump.dump again")

@@ -313,7 +313,7 @@ def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[s
         axes.errorbar(x, y, (below, above), elinewidth=0.6, label=label, **style)
 
     for place, (network, (one_shot, loop)) in enumerate(series.items()):
-        draw(one_shot, f"{network} in one shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
+        draw(one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
         if loop is not None:
             draw([loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
     axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",

@@ -121,7 +121,7 @@ def _finished(journal: Journal | None, positions, settings, methods) -> dict[int
     if n_damaged:
         print(f"{journal.path}: {n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
     if finished:
-        print(f"going on: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
+        print(f"resuming: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
     return finished
 
 
@@ -182,7 +182,7 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
     except KeyboardInterrupt:
         if journal is not None:
             n_done = len(finished) + journal.n_added
-            print(f"{n_done} pairs are done: the same command goes on from there", file=sys.stderr)
+            print(f"{n_done} pairs are done: the same command resumes from there", file=sys.stderr)
         raise
     return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
 
@@ -217,7 +217,7 @@ def pose_pool(workers: int):
     try:
         yield pool
     except BrokenProcessPool:
-        raise InputError("a process that estimates poses was killed (out of memory?): the same command goes on; give "
+        raise InputError("a process that estimates poses was killed (out of memory?): the same command resumes; give "
                          "it fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)

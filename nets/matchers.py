@@ -148,7 +148,7 @@ class MatchingState:
         self.select(rows0, rows1)
 
     def select(self, rows0: Tensor, rows1: Tensor) -> None:
-        """Go on with some of the present keypoints of each view alone: sorted int64 indices (K0,), (K1,)."""
+        """Keep only some of the present keypoints of each view: sorted int64 indices (K0,), (K1,)."""
         self.indices0, self.indices1 = self.indices0[rows0], self.indices1[rows1]
         mask0, keep0 = (None if m is None else m[:, rows0] for m in (self.mask0, self.keep0))
         mask1, keep1 = (None if m is None else m[:, rows1] for m in (self.mask1, self.keep1))
@@ -216,7 +216,7 @@ class Matcher(nn.Module):
         return MatchingState(self, x0, x1, mask0, mask1)
 
     def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:
-        """Yield the state after each iteration; the caller may read its matches and pool before going on.
+        """Yield the state after each iteration; the caller may read its matches and pool before the next one.
 
         n_layers: how many iterations, at most and by default all that the network has.
         """

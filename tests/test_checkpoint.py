@@ -164,7 +164,7 @@ def test_files_that_cannot_be_read(save, tmp_path):
     torch.load(hostile, weights_only=False)
     assert witness.exists()  # so it was indeed the guard that kept it from running
     for content, message in (([1, 2], "has no entry 'model'"), ({"net": {}}, "has no entry 'model'"),
-                             ({"model": {"a": 1}}, "a in its entry 'model' is no tensor")):
+                             ({"model": {"a": 1}}, "a in its entry 'model' is not a tensor")):
         with pytest.raises(InputError, match=message):
             load_checkpoint(save(content))
     with pytest.raises(InputError, match=r"no checkpoint at .*absent.pth"):
@@ -204,7 +204,7 @@ def test_weights_of_wrapped_networks(save, prefix, entry):
     ({"model": {f"final_proj.{i}.weight": torch.zeros(8) for i in range(1000)} | {"a": torch.ones(1)}},
      "1000 iterations"),
     ({"model": {**make_state(), "bin_score": torch.zeros(2).to_sparse()}}, "bin_score in its entry 'model' is no"),
-    ({"model": {**make_state(), 3: torch.zeros(2)}}, "3 in its entry 'model' is no tensor"),
+    ({"model": {**make_state(), 3: torch.zeros(2)}}, "3 in its entry 'model' is not a tensor"),
     ({"model": {"final_proj.0.weight": torch.tensor(1.0), "gnn": torch.tensor(1.0)}}, "descriptors of 0 channels"),
 ])
 def test_damaged_values(save, damage, message):

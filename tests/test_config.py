@@ -70,7 +70,7 @@ MERGES = "a: &a {k: 1}\n" + "".join(
     ("yaml", "lr: &a [*a]", "holds too much"),
     ("yaml", MERGES, "unknown key 'a'"),
     ("yaml", "lr: &a [1]\nlayers: [*a, *a, {x: *a}]", "lr should be a number, not \\[1\\]"),
-    ("yaml", "5: 6", "key 5 is no text"),
+    ("yaml", "5: 6", "key 5 is not text"),
     ("yaml", f"layers: [{', '.join(['x' * 99] * 99)}]", "layers should be a whole number, not .{0,500}$"),
 ])
 def test_what_nobody_writes_in_a_configuration_is_one_short_line(tmp_path, suffix, content, message):

@@ -568,7 +568,7 @@ def test_finished_file_is_kept(raw, finished, output, capsys):
 def test_something_else_is_not_overwritten(raw, output, capsys):
     output.parent.mkdir()
     output.write_bytes(b"my thesis")
-    assert_error(capsys, dump(raw, output), "no finished dump")
+    assert_error(capsys, dump(raw, output), "not a finished dump")
     assert output.read_bytes() == b"my thesis"
 
 
@@ -632,10 +632,10 @@ def test_verify_a_file_with_plain_names(raw, finished, output):
 
 def test_verify_no_dump(raw, finished, output, capsys):
     output.parent.mkdir()
-    assert_error(capsys, verify(output, raw), "no finished dump, or damaged")
+    assert_error(capsys, verify(output, raw), "not a finished dump, or damaged")
     for content in (b"x", finished.read_bytes()[:-5000]):
         output.write_bytes(content)
-        assert_error(capsys, verify(output, raw), "no finished dump, or damaged")
+        assert_error(capsys, verify(output, raw), "not a finished dump, or damaged")
 
 
 # bad input
@@ -755,11 +755,11 @@ class Malicious:
     (pickle.dumps([[0, Malicious()]]), "refused to unpickle"),
     (pickle.dumps([[0, 3]]), "names image 3 of 3"),
     (pickle.dumps([[-1, 0]]), "of 3"),
-    (pickle.dumps([0, 1, 2]), "no list of pairs"),
-    (pickle.dumps({"a": 1}), "no list of pairs"),
-    (pickle.dumps([[0, 1.5]]), "no list of pairs"),
-    (pickle.dumps([[0, 1], [2]]), "no list of pairs"),
-    (pickle.dumps(5), "no list of pairs"),
+    (pickle.dumps([0, 1, 2]), "not a list of pairs"),
+    (pickle.dumps({"a": 1}), "not a list of pairs"),
+    (pickle.dumps([[0, 1.5]]), "not a list of pairs"),
+    (pickle.dumps([[0, 1], [2]]), "not a list of pairs"),
+    (pickle.dumps(5), "not a list of pairs"),
 ])
 def test_bad_pair_pickle(spoilt, output, capsys, content, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

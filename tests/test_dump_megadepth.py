@@ -1,4 +1,4 @@
-"""dump.dump_megadepth: the records, going on after an interruption, verification, bad input."""
+"""dump.dump_megadepth: the records, resuming after an interruption, verification, bad input."""
 import contextlib
 import errno
 import fcntl
@@ -696,7 +696,7 @@ def test_unknown_scene(pristine, tmp_path, capsys):
 
 
 def test_setting_of_another_feature():
-    with pytest.raises(InputError, match="contrast_threshold is no setting of spp"):
+    with pytest.raises(InputError, match="contrast_threshold is not a setting of spp"):
         recipe_of("spp", contrast_threshold=0.1)
 
 
@@ -869,7 +869,7 @@ def test_load_dump(finished, out, tmp_path):
     dump = load_dump(finished)
     assert dump["feature_type"] == "sift" and dump["incomplete"] == [] and set(dump["scenes"]) == {"0000", "0001"}
     assert list(load_dump(finished, ["0001"])["scenes"]) == ["0001"]
-    with pytest.raises(InputError, match="is no dump"):
+    with pytest.raises(InputError, match="is not a dump"):
         load_dump(tmp_path)
     with pytest.raises(InputError, match=r"lacks 1 of the 2 scenes asked for \(0099\)"):
         load_dump(finished, ["0000", "0099"])
@@ -976,7 +976,7 @@ def test_verify_finds(out, capsys, file, spoil, words):
 
 
 def test_verify_no_dump(tmp_path, capsys):
-    assert_error(capsys, verify(tmp_path), "is no dump")
+    assert_error(capsys, verify(tmp_path), "is not a dump")
 
 
 def test_threads_do_not_matter(pristine):

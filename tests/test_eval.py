@@ -231,7 +231,7 @@ def test_missing_features_say_which_command_makes_them(tmp_path, capsys):
     assert "yfcc, not scannet" in capsys.readouterr().err
 
 
-# in turns with the pose
+# iterative matching
 
 def test_networks_in_turns_stand_beside_their_one_shot(scene, weights, tmp_path, capsys):
     command = evaluate_command(scene, tmp_path, "--weights", weights, "--use_iterative", "--use_uncertainty",
@@ -368,7 +368,7 @@ def test_the_best_threshold_is_that_of_all_methods():
         ["magsac,", "a", "100.0", "85.0"], ["magsac,", "b", "0.0", "85.0"]]
 
 
-# going on after an interruption
+# resuming after an interruption
 
 class Interrupted(ListPairSet):
     """A set that is interrupted at a pair."""
@@ -398,7 +398,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(scene, weight
     assert run(eval_imp.main, command("parts", "--workers", 1)) == 130
     journal = tmp_path / "parts" / "journal.jsonl"
     assert len(journal.read_text().splitlines()) == 3  # the settings, and two pairs; two more had been begun
-    assert "2 pairs are done: the same command goes on" in capsys.readouterr().err
+    assert "2 pairs are done: the same command resumes" in capsys.readouterr().err
     journal.write_bytes(journal.read_bytes()[:-100])  # as if it had been killed while it wrote the last line
 
     monkeypatch.setattr(Interrupted, "stops_at", None)
@@ -408,7 +408,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(scene, weight
     read = []
     monkeypatch.setattr(Interrupted, "__getitem__", lambda self, i: read.append(i) or ListPairSet.__getitem__(self, i))
     assert run(eval_imp.main, command("parts")) == 0
-    assert "going on: 1 of 5 pairs" in capsys.readouterr().err
+    assert "resuming: 1 of 5 pairs" in capsys.readouterr().err
     assert read[:4] == [1, 2, 3, 4]
     assert read_tables(tmp_path / "parts") == read_tables(tmp_path / "whole")
     for name in ("iterations.csv", "pairs_easy.png"):
@@ -462,7 +462,7 @@ def test_journals_that_are_none_of_ours_or_in_use(tmp_path):
         Journal(path, {"seed": 0})
     for content in ("notes of mine\n", '{"a": 1}\n', "[]\n", "no end of line"):
         path.write_text(content)
-        with pytest.raises(InputError, match="no journal"):
+        with pytest.raises(InputError, match="not a journal"):
             Journal(path, {"seed": 0})
         assert path.read_text() == content
 
@@ -809,7 +809,7 @@ def test_a_damaged_line_of_a_journal_is_dropped_and_its_pair_done_again(finished
         assert journal.n_added == 1
     assert not skipped and untimed(again) == untimed(results)
     error = capsys.readouterr().err
-    assert "journal.jsonl: 1 damaged lines dropped" in error and "going on: 2 of 3 pairs" in error
+    assert "journal.jsonl: 1 damaged lines dropped" in error and "resuming: 2 of 3 pairs" in error
     with Journal(path, {}) as journal:
         evaluate(pair_set, METHODS, [MAGSAC], journal=journal)
         assert journal.n_added == 0
@@ -831,7 +831,7 @@ def test_what_is_in_the_place_of_a_journal(tmp_path):
     path.unlink()
     for first in (b'{"format": "imp-eval-journal", "version": 3, "settings": []}\n', b"[" * 10 ** 5 + b"\n"):
         path.write_bytes(first + b'{"pair": 0, "results": []}\n')
-        with pytest.raises(InputError, match="is no journal of an evaluation"):
+        with pytest.raises(InputError, match="is not a journal of an evaluation"):
             Journal(path, {})
 
 

@@ -131,7 +131,7 @@ def test_bad_items_are_left_out_and_named(old, tmp_path, capsys, monkeypatch):
     assert imported(bad, tmp_path / "new") == 1
     told = capsys.readouterr().err
     for words in ("0000/2.jpg_sift.npy: refused to unpickle", "mkdir is not admitted", "0001/0.jpg_sift.npy: name",
-                  "0001/1.npy: matched_ids1 name keypoints that", "0001/0.npy: the pose is no rotation",
+                  "0001/1.npy: matched_ids1 name keypoints that", "0001/0.npy: the pose is not a rotation",
                   "scene 0002: no pairs in",
                   "note: scene 0001 has 3 pairs; 0001_sift.npy: says 5 pairs"):
         assert words in told

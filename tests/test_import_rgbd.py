@@ -309,8 +309,8 @@ def shallow_depth(folder):
     (replace("depth.png", "not an image"), "not a 16-bit depth PNG"),
     (replace("pose.txt", "1 0 0 0"), "does not hold 4x4 numbers"),
     (replace("pose.txt", "one " * 16), "does not hold 4x4 numbers"),
-    (replace("pose.txt", "0 " * 16), "no camera-to-world pose"),
-    (replace("pose.txt", "1 0 0 0 0 1 0 0 0 0 -1 0 0 0 0 1"), "no camera-to-world pose"),
+    (replace("pose.txt", "0 " * 16), "not a camera-to-world pose"),
+    (replace("pose.txt", "1 0 0 0 0 1 0 0 0 0 -1 0 0 0 0 1"), "not a camera-to-world pose"),
     (shallow_depth, "not a 16-bit depth PNG"),
     (resize_depth, "depth is 95x72, the image 96x72"),
 ], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "")
@@ -364,8 +364,8 @@ def test_nothing_to_import(sequence, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "not found"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "no camera matrix"),
-    ("nan 0 320 0 525 240 0 0 1", "no camera matrix")])
+    (None, "not found"), ("525 0 320 0 525 240", "3x3"), ("0 0 320 0 0 240 0 0 1", "not a camera matrix"),
+    ("nan 0 320 0 525 240 0 0 1", "not a camera matrix")])
 def test_intrinsics(sequence, tmp_path, capsys, content, words):
     if content is None:
         (sequence / "camera-intrinsics.txt").unlink()

@@ -255,7 +255,7 @@ def test_the_focal_length_is_guessed_and_said(scene, tmp_path, capsys):
 
 @pytest.fixture
 def folder(scene, tmp_path):
-    """A folder of three images in two folders, one that cannot be read, and what is no image."""
+    """A folder of three images in two folders, one that cannot be read, and what is not an image."""
     for name in NAMES:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(scene / "images" / name, tmp_path / "in" / name)

@@ -183,7 +183,7 @@ def test_matching_loss_of_a_small_assignment():
 
 
 def test_mutual_matches():
-    """Mutual argmax above the threshold, not at it; what is mutual has a score even where it is no match."""
+    """Mutual argmax above the threshold, not at it; what is mutual has a score even where it is not a match."""
     p = torch.tensor([[0.5, 0.1, 0.0, 9], [0.75, 0.2, 0.0, 9], [0.0, 0.625, 0.0, 9], [0.0, 0.0, 0.25, 9], [9, 9, 9, 9]])
     matches0, matches1, scores0, scores1 = mutual_matches(p[None], 0.25)
     assert matches0.tolist() == [[-1, 0, 1, -1]] and matches1.tolist() == [[1, 2, -1]]

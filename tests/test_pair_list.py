@@ -70,10 +70,10 @@ def test_a_pair_the_format_cannot_hold_leaves_the_file_alone(tmp_path, pair):
     ("a.jpg b.jpg c.jpg d.jpg", "where rot0 rot1 belong"),
     (f"a.jpg b.jpg 0 0 {text(K0, K1, T).replace('320', '32O')}", "'32O'"),
     (f"a.jpg b.jpg 0 0 {text(K0, K1, T).replace('320', 'nan')}", "nan or inf"),
-    (f"a.jpg b.jpg 0 0 {text(K0, K1.T)}", "K1 is no camera matrix"),
-    (f"a.jpg b.jpg 0 0 {text(-K0, K1)}", "K0 is no camera matrix"),
-    (f"a.jpg b.jpg 0 0 {text(K0, K1, T.T)}", "T_0to1 is no rigid motion"),
-    (f"a.jpg b.jpg 0 0 {text(K0, K1, T * [[1], [1], [-1], [1]])}", "T_0to1 is no rigid motion"),
+    (f"a.jpg b.jpg 0 0 {text(K0, K1.T)}", "K1 is not a camera matrix"),
+    (f"a.jpg b.jpg 0 0 {text(-K0, K1)}", "K0 is not a camera matrix"),
+    (f"a.jpg b.jpg 0 0 {text(K0, K1, T.T)}", "T_0to1 is not a rigid motion"),
+    (f"a.jpg b.jpg 0 0 {text(K0, K1, T * [[1], [1], [-1], [1]])}", "T_0to1 is not a rigid motion"),
 ])
 def test_malformed_line_is_named(tmp_path, line, what):
     with pytest.raises(InputError) as error:

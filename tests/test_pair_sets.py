@@ -139,7 +139,7 @@ def test_files_that_are_not_megadepth1500s_are_named(tmp_path):
     with pytest.raises(InputError, match=r"expected 0015_0\.1_0\.3\.npz"):
         read_megadepth1500(tmp_path)
     (tmp_path / "0015_0.1_0.3.npz").write_bytes(pickle.dumps({"image_paths": []}))
-    with pytest.raises(InputError, match=r"no file of MegaDepth-1500: .*pair_infos"):
+    with pytest.raises(InputError, match=r"not a file of MegaDepth-1500: .*pair_infos"):
         read_megadepth1500(tmp_path)
 
 

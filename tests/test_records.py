@@ -112,7 +112,7 @@ def test_letters_that_do_not_exist(tmp_path):
     data = (tmp_path / "r.npy").read_bytes()
     (tmp_path / "r.npy").write_bytes(data.replace("ß".encode("utf-32-le"), b"\xff" * 4))
     for fields in (None, {"image_path": Field("U")}):
-        with pytest.raises(InputError, match="its image_path is no text"):
+        with pytest.raises(InputError, match="its image_path is not text"):
             read_record(tmp_path / "r.npy", fields)
 
 

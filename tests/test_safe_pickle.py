@@ -227,12 +227,13 @@ def broken(**values):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"intrinsics": np.zeros((3, 3))}, "intrinsics are no camera matrix"),
-    ({"intrinsics": np.full((3, 3), np.nan)}, "no camera matrix"),
+    ({"intrinsics": np.zeros((3, 3))}, "intrinsics are not a camera matrix"),
+    ({"intrinsics": np.full((3, 3), np.nan)}, "not a camera matrix"),
     ({"intrinsics": np.eye(4)}, "intrinsics is not of 3 x 3 numbers"), ({"intrinsics": "f"}, "is not of"),
-    ({"poses": np.diag([1, 1, -1.0, 1])}, "the pose is no rotation"), ({"poses": np.zeros((4, 4))}, "the pose is no"),
-    ({"poses": np.full((4, 4), np.inf)}, "the pose is no"), ({"poses": {}}, "pose is not of 4 x 4 numbers"),
-    ({"image_paths": "../a.jpg"}, "'../a.jpg'"), ({"image_paths": 7}, "a path is no text"),
+    ({"poses": np.diag([1, 1, -1.0, 1])}, "the pose is not a rotation"),
+    ({"poses": np.zeros((4, 4))}, "the pose is not a rotation"),
+    ({"poses": np.full((4, 4), np.inf)}, "the pose is not a rotation"), ({"poses": {}}, "pose is not of 4 x 4 numbers"),
+    ({"image_paths": "../a.jpg"}, "'../a.jpg'"), ({"image_paths": 7}, "a path is not text"),
     ({"depth_paths": "/etc/a.h5"}, "/etc/a.h5"), ({"points3D_id_to_2D": [1]}, "3D points"),
     ({"points3D_id_to_2D": {"a": [1, 2]}}, "3D points"), ({"points3D_id_to_2D": {2 ** 64: [1, 2]}}, "3D points"),
 ])
@@ -250,7 +251,7 @@ def test_an_image_that_cannot_be_used_is_left_out_and_named(values, message):
     ({"overlap_matrix": objects("a", "b")}, "overlap_matrix is"),
     ({"poses": [np.eye(4)]}, "poses is missing, or not for"),
     ({"angles": np.array([["a", "b"]] * 2)}, "angles is not of 2 x 2 numbers"), ({"image_paths": []}, "for 0 images"),
-    ({"intrinsics": [np.zeros((3, 3))] * 2}, "has no image that can be used; the first: .*no camera"),
+    ({"intrinsics": [np.zeros((3, 3))] * 2}, "has no image that can be used; the first: .*not a camera"),
 ])
 def test_a_scene_info_that_is_wrong_as_a_whole(values, message):
     write_scene_info("0.npz", {**broken(), **values})

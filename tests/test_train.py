@@ -279,7 +279,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(setup, tmp_path)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--base_path", "nowhere"), "nowhere is no dump"),
+    (("--base_path", "nowhere"), "nowhere is not a dump"),
     (("--feature", "spp"), "holds sift features"),
     (("--max_keypoints", "128"), "dump with --min_keypoints 128"),
     (("--weight_path", "nowhere.pth"), "no checkpoint at nowhere.pth"),

@@ -255,7 +255,7 @@ def test_a_damaged_record_is_replaced_and_told(dump):
     ("matches", "pose1", None, "it lacks pose1"),
     ("matches", "matches", lambda matches: matches[[0, 0]], "a keypoint of view 0 is matched twice"),
     ("matches", "matches", lambda matches: matches.astype("f4"), "its matches is of type float32"),
-    ("matches", "pose0", np.zeros_like, "its pose0 is no rotation and translation"),
+    ("matches", "pose0", np.zeros_like, "its pose0 is not a rotation and translation"),
     ("matches", "pose1", lambda pose: np.nan * pose, "its pose1 has values that are not finite"),
     ("matches", "image_path1", lambda name: "../" + name, "its image_path1 is refused: name '../Undist"),
     ("matches", "image_path0", lambda name: 5, "its image_path0 is of type int64"),
@@ -266,7 +266,7 @@ def test_a_damaged_record_is_replaced_and_told(dump):
     ("keypoints", "descriptors", lambda values: values.astype(np.longdouble), "its descriptors is of type float128"),
     ("keypoints", "descriptors", lambda values: values.astype(">f2"), "its descriptors is of type >f2"),
     ("keypoints", "depth", lambda depth: depth * np.inf, "its depth has values that are not finite"),
-    ("keypoints", "intrinsics", np.zeros_like, "its intrinsics is no camera matrix"),
+    ("keypoints", "intrinsics", np.zeros_like, "its intrinsics is not a camera matrix"),
     ("keypoints", "image_size", np.zeros_like, "its image_size is [0, 0], not positive"),
 ])
 def test_a_record_that_says_something_else_is_damaged(dump, folder, name, damage, said):

@@ -1,7 +1,7 @@
 """Checkpoints: written whole, loaded without running code, and clear about what does not fit.
 
 A checkpoint file is a dict whose `model` entry is the state dict, like the published ones; ours add `config`, `step`
-and what else is needed to go on.
+and what else is needed to resume.
 """
 import functools
 import os
@@ -74,7 +74,7 @@ def load_checkpoint(path, device="cpu") -> dict:
     state = content.pop(entry)
     for key, value in state.items():
         if not isinstance(key, str) or not torch.is_tensor(value) or value.layout != torch.strided:
-            raise InputError(f"{path} is not a checkpoint: {str(key)[:100]} in its entry '{entry}' is no tensor")
+            raise InputError(f"{path} is not a checkpoint: {str(key)[:100]} in its entry '{entry}' is not a tensor")
     # wrappers put their own name before all keys: DistributedDataParallel "module", torch.compile "_orig_mod"
     while len(first := {key.partition(".")[0] for key in state}) == 1 and not first & state.keys():
         state = {key.partition(".")[2]: value for key, value in state.items()}

@@ -100,7 +100,7 @@ def whole_number(least: int, most: int = 2 ** 31 - 1):
                 return int(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
     return parse
 
 
@@ -112,7 +112,7 @@ def number(least: float, most: float = math.inf):
                 return float(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
     return parse
 
 

@@ -91,7 +91,7 @@ def _plain(value, path, left: Iterator, level: int = 0):
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise InputError(f"{path}: key {_shown.repr(key)} is no text: put quotes round it")
+                raise InputError(f"{path}: key {_shown.repr(key)} is not text: put quotes round it")
         return {key: _plain(entry, path, left, level + 1) for key, entry in value.items()}
     if isinstance(value, list):
         return [_plain(entry, path, left, level + 1) for entry in value]

@@ -18,7 +18,7 @@ BATCH_PIXELS = 4_000_000
 
 @dataclass
 class Features:
-    """What an image gives to a matcher; rows in order of falling score."""
+    """What an image gives to a matcher; rows in order of descending score."""
 
     keypoints: np.ndarray  # (N, 2) float32, pixels of the image given, OpenCV's convention
     scores: np.ndarray  # (N,) float32

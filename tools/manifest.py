@@ -72,7 +72,7 @@ def match_path(path, scene: str, index: int) -> Path:
 
 
 def check_fields(content, fields: dict, where) -> dict:
-    """`content`, read from the file `where`, with what it lacks; InputError if it is no dict, or a value cannot be.
+    """`content`, read from the file `where`, with what it lacks; InputError if it is not a dict, or a value cannot be.
 
     fields: name -> (whether a value can be its, what stands for a missing one). Others are left as they are.
     """
@@ -122,10 +122,10 @@ def claim(path, manifest: dict) -> None:
 
 
 def read_manifest(path) -> dict:
-    """The manifest of the dump `path`; InputError if the folder is no dump, or one of another version."""
+    """The manifest of the dump `path`; InputError if the folder is not a dump, or one of another version."""
     file = manifest_path(path)
     if not file.is_file():
-        raise InputError(f"{path} is no dump: it has no {file.name}; make one with dump.dump_megadepth")
+        raise InputError(f"{path} is not a dump: it has no {file.name}; make one with dump.dump_megadepth")
     manifest = check_fields(read_json(file), {}, file)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file} is of format {manifest.get('format')} version {manifest.get('version')}, "
@@ -152,8 +152,8 @@ def load_dump(path, scenes=None) -> dict:
 
     scenes: the ids wanted, in that order; all complete ones if None. Returns {"feature_type", "settings",
     "scenes": {scene: number of pairs, never 0}, "incomplete": [scenes begun and not finished, when none are asked
-    for]}. Raises InputError for a folder that is no dump, for scenes asked for that are not complete, and if there is
-    no pair at all.
+    for]}. Raises InputError for a folder that is not a dump, for scenes asked for that are not complete, and if there
+    is no pair at all.
     """
     manifest = read_manifest(path)
     begun = begun_scenes(path) if scenes is None else list(scenes)

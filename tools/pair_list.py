@@ -75,11 +75,11 @@ def _parse(tokens: list[str]) -> Pair:
         pair.K0, pair.K1 = numbers[:18].reshape(2, 3, 3)
         for name, K in (("K0", pair.K0), ("K1", pair.K1)):
             if not is_camera_matrix(K):
-                raise ValueError(f"{name} is no camera matrix; expected fx 0 cx 0 fy cy 0 0 1 with fx, fy > 0")
+                raise ValueError(f"{name} is not a camera matrix; expected fx 0 cx 0 fy cy 0 0 1 with fx, fy > 0")
     if len(numbers) > 18:
         pair.T_0to1 = numbers[18:].reshape(4, 4)
         if not is_rigid(pair.T_0to1):
-            raise ValueError("T_0to1 is no rigid motion; expected R t over 0 0 0 1, row by row, R a rotation")
+            raise ValueError("T_0to1 is not a rigid motion; expected R t over 0 0 0 1, row by row, R a rotation")
     return pair
 
 

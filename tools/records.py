@@ -23,11 +23,11 @@ def _positive(values: np.ndarray) -> str:
 
 
 def _camera(K: np.ndarray) -> str:
-    return _finite(K) or ("" if is_camera_matrix(K) else "is no camera matrix")
+    return _finite(K) or ("" if is_camera_matrix(K) else "is not a camera matrix")
 
 
 def _rigid(pose: np.ndarray) -> str:
-    return _finite(pose) or ("" if is_rigid(pose) else "is no rotation and translation")
+    return _finite(pose) or ("" if is_rigid(pose) else "is not a rotation and translation")
 
 
 def _name(value: np.ndarray) -> str:
@@ -147,7 +147,7 @@ def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -
     dtype, shape = values.dtype, values.shape
     # NumPy takes any 32 bits for a letter, and Python crashes later
     if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > MAX_LETTER:
-        return "is no text"
+        return "is not text"
     if field is None:
         return ""
     if dtype.kind not in field.kinds or not dtype.isnative or dtype.char == "g":

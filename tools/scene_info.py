@@ -24,16 +24,16 @@ def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
     K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
     if not is_camera_matrix(K):
-        raise InputError("the intrinsics are no camera matrix")
+        raise InputError("the intrinsics are not a camera matrix")
     if not is_rigid(pose):
-        raise InputError("the pose is no rotation and translation")
+        raise InputError("the pose is not a rotation and translation")
     return K, pose
 
 
 def check_name(name) -> str:
     """A path from a file that is relative to the root of a data set; InputError if it leads out of it."""
     if not isinstance(name, str):
-        raise InputError("a path is no text")
+        raise InputError("a path is not text")
     below(".", name)
     return str(name)
 
@@ -50,7 +50,7 @@ def load_scene_info(path) -> dict:
     missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
                                  "points3D_id_to_2D") if not isinstance(info, dict) or name not in info]
     if missing:
-        raise InputError(f"{path} is no scene_info file: it lacks {', '.join(missing)}")
+        raise InputError(f"{path} is not a scene_info file: it lacks {', '.join(missing)}")
     n = len(np.atleast_1d(info["image_paths"]))
     for name in MATRIX_FIELDS:
         if name in info:
@@ -152,7 +152,7 @@ def _read_pair_infos(path) -> list[Pair]:
     fields = ("image_paths", "intrinsics", "poses", "pair_infos")
     if not isinstance(info, dict) or not all(
             isinstance(info.get(name), list) or getattr(info.get(name), "ndim", 0) for name in fields):
-        raise InputError(f"{path} is no file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
+        raise InputError(f"{path} is not a file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
     for entry in info["pair_infos"]:
         try:
             if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:

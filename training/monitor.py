@@ -21,7 +21,7 @@ class Monitor:
     """The log of a run, kept by its main process."""
 
     def __init__(self, folder: Path, step: int, batch_size: int):
-        """step: where the run begins or goes on; what an earlier run logged after it is dropped."""
+        """step: where the run begins or resumes; what an earlier run logged after it is dropped."""
         self.folder, self.batch_size = folder, batch_size
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 

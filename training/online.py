@@ -1,6 +1,6 @@
 """Pairs made on the fly from images (online mode): of photographs, and of scenes in MegaDepth's layout.
 
-A source makes `views` views of one photograph, or by turns of the two images of a pair, and pairs each even one with
+A source makes `views` views of one photograph, or alternately of the two images of a pair, and pairs each even one with
 each odd one: 2 views make 1 pair, 4 make 4, 6 make 9. A view is a function of the seed and its number, so that it does
 not matter who makes it.
 """
@@ -181,7 +181,7 @@ class SceneSource:
         return _make_pair(self, k, attempt)
 
     def view(self, group: int, attempt: int, index: int, rng: np.random.Generator) -> dict:
-        """View `index` of a group of pairs, by turns of the one image and of the other."""
+        """View `index` of a group of pairs, alternately of the one image and of the other."""
         scene, number = self.draws.draw(group, attempt)
         info = self.infos[scene]
         i = info["pairs"][number][index % 2]

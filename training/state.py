@@ -48,13 +48,13 @@ def read_state(path) -> dict:
     path = Path(path) / "latest.pth" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
     if "optimizer" not in content:
-        raise InputError(f"{path} holds weights alone, which is too little to go on from: give it as weight_path")
+        raise InputError(f"{path} holds weights alone, which is too little to resume from: give it as weight_path")
     content = check_fields(content, ENTRIES, path)
     return {**content, "config": json.loads(json.dumps(content["config"])), "path": path}  # no numbers of NumPy's
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state, path) -> None:
-    """Load the state of Adam or AdamW that the checkpoint `path` has; InputError if it cannot go on from it."""
+    """Load the state of Adam or AdamW that the checkpoint `path` has; InputError if it cannot resume from it."""
     problem = _problem(state, optimizer)
     if problem:
         raise InputError(f"{path} is damaged: its optimizer {problem}; resume from an earlier epoch's file")
@@ -62,7 +62,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state, path) -> None:
 
 
 def _problem(state, optimizer: torch.optim.Optimizer) -> str:
-    """Why Adam or AdamW cannot go on from a state; "" if it can."""
+    """Why Adam or AdamW cannot resume from a state; "" if it can."""
     own = optimizer.state_dict()["param_groups"]
     groups, moments = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
     if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(moments, dict):

@@ -1,4 +1,4 @@
-"""The training loop: build, step, validate, save, go on."""
+"""The training loop: build, step, validate, save, resume."""
 import contextlib
 import re
 import signal
@@ -27,7 +27,7 @@ from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
 NAMED_PAIRS = 5  # in the message that ends such a run
-# what may differ when a run goes on: where things are, how long it lasts, what it runs on, what is watched
+# what may differ when a run is resumed: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
                   "val_images", "do_eval", "eval_epochs", "precision", "compile"}
@@ -91,7 +91,7 @@ class Trainer:
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
         latest = self.folder / "latest.pth"
-        # from save_path itself it goes on if there is anything
+        # from save_path itself it resumes if there is anything
         goes_on = config["resume_path"] and (Path(config["resume_path"]) != self.folder or latest.exists())
         self.samples = training_samples(config)
         self.val_samples = validation_samples(config, self.samples.scenes)
@@ -99,7 +99,7 @@ class Trainer:
         if self.epoch_steps == -1:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
-        # the weights of a run that goes on are in its checkpoint
+        # the weights of a run that is resumed are in its checkpoint
         self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -116,7 +116,7 @@ class Trainer:
         if goes_on:
             self.resume(config["resume_path"])
         elif latest.exists():
-            raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to go on with it, or "
+            raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to resume it, or "
                              "another save_path")
         if config["compile"]:
             for layer in self.model.gnn.layers:
@@ -128,7 +128,7 @@ class Trainer:
         self.stop = threading.Event()
 
     def resume(self, path) -> None:
-        """Go on from a checkpoint, or from the latest of a run's folder."""
+        """Resume from a checkpoint, or from the latest of a run's folder."""
         content = read_state(path)
         path = content["path"]
         for key, value in content["config"].items():
@@ -213,7 +213,7 @@ class Trainer:
         names = [f"epoch_{epoch:05d}", "latest"]
         self.validation_due = self.val_samples is not None
         if self.validation_due:
-            self.save("latest")  # validation may fail, or be killed: a run that goes on makes up for it
+            self.save("latest")  # validation may fail, or be killed: a resumed run makes up for it
             if self._validate((epoch + 1) % self.config["eval_epochs"] == 0):
                 names.insert(0, "best")  # before what says how good it is
             self.validation_due = False
