@@ -47,7 +47,10 @@ def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -
     """A keypoint dict of the original -> a record of ours."""
     keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
     n = len(keypoints)
-    h, w = numbers(_field(old, "image_size"), None, what="image_size")[:2]
+    size = numbers(_field(old, "image_size"), None, what="image_size")
+    if len(size) < 2 or not (np.abs(size) < 2 ** 31).all():
+        raise InputError("its image_size is no height and width")
+    h, w = size[:2]
     K, pose = check_camera(_field(old, "intrinsics"), _field(old, "pose"))
     record = {"image_path": check_name(_field(old, "image_path")), "depth_path": check_name(_field(old, "depth_path")),
               "image_size": np.array([w, h]).astype(np.int64), "intrinsics": K, "pose": pose,

@@ -244,6 +244,8 @@ def scene_info_from_model(model, base_path, scene: str) -> tuple[dict, list]:
     usable, points3D = set(usable), model.points3D
     point_ids = np.array(sorted(points3D), dtype=np.int64)
     points = np.array([points3D[point_id].xyz for point_id in point_ids]).reshape(-1, 3)
+    if not (np.abs(points) < 1e12).all():  # nor nan
+        raise InputError("the COLMAP model is damaged: a 3D point is none")
 
     n = len(images)
     info = {name: [None] * n for name in ("image_paths", "depth_paths", "intrinsics", "poses", "n_points3D",
