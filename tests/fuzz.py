@@ -214,7 +214,8 @@ class Child:
     """A process that does a batch of inputs of one kind, watched from outside."""
 
     def __init__(self, name: str, home: Path, numbers: list[int], seed: int):
-        self.name, self.home, self.numbers, self.current, self.began = name, home, list(numbers), None, time.monotonic()
+        self.name, self.home, self.numbers, self.began = name, home, list(numbers), time.monotonic()
+        self.current = numbers[0]  # also before it says so: a process that never does must not be started for ever
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
         sys.stdout.flush()
         self.pid = os.fork()
@@ -263,7 +264,7 @@ class Child:
                     self.current, self.began = number, time.monotonic()
                 else:
                     self.numbers.remove(number)
-                    self.current = None
+                    self.current = self.numbers[0] if self.numbers else None
                     yield number, time.monotonic() - self.began, outcome
         except EOFError:
             over = "ended"
