@@ -44,7 +44,7 @@ from dump.workers import (
     worker_pool,
 )
 from tools.cli import InputError, reason, report_skipped, run
-from tools.correspondences import depth_at, match_by_projection
+from tools.correspondences import INLIER_TH, depth_at, match_by_projection
 from tools.features import FEATURE_TYPES, Features
 from tools.files import below, check_folder, header_size, read_depth, read_image, read_lines, write_json
 from tools.locks import InUse, locked
@@ -87,7 +87,7 @@ class Recipe:
     def manifest(self) -> dict:
         return {"format": FORMAT, "version": VERSION, "feature_type": self.feature_type,
                 "settings": {**self.extractor, **weights_of(*self.of_extractor), "min_keypoints": self.min_keypoints,
-                             "descriptor_dtype": self.descriptor_dtype}}
+                             "descriptor_dtype": self.descriptor_dtype, "inlier_th": INLIER_TH}}
 
 
 @dataclass(frozen=True)

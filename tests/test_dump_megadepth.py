@@ -139,7 +139,7 @@ def test_index_and_counts(finished):
     assert json.loads((finished / "dump.json").read_text()) == {
         "format": "imp-dump", "version": 1, "feature_type": "sift",
         "settings": {"max_keypoints": 4096, "contrast_threshold": 0.04, "unique_locations": False,
-                     "min_keypoints": MIN_KEYPOINTS, "descriptor_dtype": "float16"}}
+                     "min_keypoints": MIN_KEYPOINTS, "descriptor_dtype": "float16", "inlier_th": 5.0}}
     counts = json.loads((finished / "scenes" / "0000.json").read_text())
     assert counts["images"] == counts["candidate_images"] == 4 and counts["candidate_pairs"] == 12
     assert counts["pairs"] + sum(counts["rejected"].values()) == 12
@@ -720,6 +720,18 @@ def test_other_version_is_refused(pristine, out, capsys):
     manifest = json.loads((out / "dump.json").read_text())
     (out / "dump.json").write_text(json.dumps({**manifest, "version": 0}))
     assert_error(capsys, dump(pristine, out), "version 0, now it is 1")
+
+
+def test_a_dump_without_the_threshold_of_matches_had_5_pixels(pristine, out, capsys):
+    path = out / "dump.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["inlier_th"]
+    path.write_text(json.dumps(manifest))
+    assert dump(pristine, out) == 0
+    manifest["settings"]["inlier_th"] = 3.0
+    path.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert_error(capsys, dump(pristine, out), "inlier_th 3.0, now it is 5.0")
 
 
 def test_foreign_folder_is_refused(pristine, tmp_path, capsys):

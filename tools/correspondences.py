@@ -4,6 +4,10 @@ from scipy.spatial import cKDTree
 
 from tools.geometry import lift, project
 
+# Reprojection error of a true match, at most, in pixels: in dumps and evaluation, as published; and in samples made on
+# the fly, where keypoints are dense and what lies further away is mostly another one (docs/training.md).
+INLIER_TH, ONLINE_INLIER_TH = 5.0, 3.0
+
 
 def depth_at(depth: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """Depth map (H, W) read at the floor of each keypoint's coordinates; 0 outside the map. (N,) float32."""
@@ -25,7 +29,8 @@ def reproject(keypoints: np.ndarray, depth: np.ndarray, K_from, pose_from, K_to,
     return np.where(depth_to[:, None] > 0, pixels - 0.5, np.inf)
 
 
-def match_by_projection(keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, pose1, inlier_th=5.0) -> np.ndarray:
+def match_by_projection(keypoints0, depth0, K0, pose0, keypoints1, depth1, K1, pose1,
+                        inlier_th: float = INLIER_TH) -> np.ndarray:
     """True correspondences of two views with depth, one-to-one, sorted by index in view 0.
 
     keypoints0/1 (N, 2) pixels, OpenCV's convention; depth0/1 (N,), <= 0 = unknown; K0/1 (3, 3), COLMAP's convention;

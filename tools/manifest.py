@@ -18,7 +18,7 @@ from tools.locks import locked
 
 FORMAT = "imp-dump"
 VERSION = 1
-IMPLIED = {"align_corners": True}
+IMPLIED = {"align_corners": True, "inlier_th": 5.0}
 MOST_PAIRS = 10 ** 7  # of a scene: they are shuffled in memory
 
 

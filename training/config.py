@@ -4,6 +4,7 @@ from typing import NamedTuple
 from nets.losses import POSE_CLAMP, POSE_FORMS
 from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config
+from tools.correspondences import ONLINE_INLIER_TH
 from tools.features import FEATURE_TYPES
 
 MOST = 2 ** 31
@@ -47,7 +48,7 @@ SETTINGS = {
     "min_keypoints": Setting(256, "keypoints of a view, at least: with fewer it is made again", 1, MOST),
     "contrast_threshold": Setting(0.005, "of sift"),
     "unique_locations": Setting(True, "sift: one keypoint per location"),
-    "inlier_th": Setting(3.0, "reprojection error of a true match, at most, pixels"),
+    "inlier_th": Setting(ONLINE_INLIER_TH, "reprojection error of a true match, at most, pixels"),
     "outlier_th": Setting(0.0, "reprojection error from which a keypoint is unmatched, pixels; those in between or "
                                "without depth are left out. 0: all without a true match are unmatched"),
     # network

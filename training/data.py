@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nets.layers import normalize_keypoints
 from tools.cli import reason
-from tools.correspondences import match_by_projection, unmatched_by_projection
+from tools.correspondences import ONLINE_INLIER_TH, match_by_projection, unmatched_by_projection
 from tools.features import FEATURE_TYPES
 from tools.geometry import colmap_to_opencv_K, essential_matrix, relative_pose, to_camera_coordinates
 from tools.manifest import keypoint_path, load_dump, match_path
@@ -52,7 +52,7 @@ class Labels:
     outlier_th, and what is between, or has no depth, is left out of samples. outlier_th 0: all else is unmatched.
     """
 
-    inlier_th: float = 3.0
+    inlier_th: float = ONLINE_INLIER_TH
     outlier_th: float = 0.0
 
     def of(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
