@@ -175,6 +175,19 @@ def test_every_bit_depth_is_read_as_8_bit(dtype, suffix, tmp_path):
         np.testing.assert_allclose(image.reshape(64, -1).mean(axis=1), 255 * ramp[:, 0, 0], atol=3)
 
 
+def test_a_jpeg_that_was_cut_off_is_refused(tmp_path):
+    path = tmp_path / "a.jpg"
+    rng = np.random.default_rng(0)
+    assert cv2.imwrite(str(path), rng.integers(0, 256, (64, 64, 3), np.uint8))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"what some telephones append")
+    assert read_image(path).shape == (64, 64)
+    for n in (700, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:n])
+        with pytest.raises(InputError, match=r"a.jpg is incomplete"):
+            read_image(path)
+
+
 def test_every_format_that_opencv_reads_is_found_and_read(tmp_path):
     ramp = np.tile(np.linspace(40, 215, 64)[:, None, None], (1, 64, 3)).astype(np.uint8)
     for suffix in {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".bmp", ".dib", ".webp", ".avif", ".jp2", ".ppm", ".pnm",
