@@ -158,7 +158,8 @@ def _read_pair_infos(path) -> list[Pair]:
             if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:
                 raise InputError("it holds what is no pair")
             i, j = numbers(entry[0], 2, what="a pair")
-            if not 0 <= min(i, j) <= max(i, j) < min(len(info[name]) for name in fields[:3]):  # nor nan
+            n = min(len(info[name]) for name in fields[:3])
+            if not (0 <= i < n and 0 <= j < n):  # nor nan
                 raise InputError(f"images {i:g} and {j:g}, which the file does not have")
             i, j = int(i), int(j)
             (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
