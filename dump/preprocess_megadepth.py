@@ -93,7 +93,7 @@ def read_model(folder):
     check_counts(folder)
     try:
         model = import_pycolmap().Reconstruction(str(folder))
-        {image.name for image in model.images.values()}  # noqa: B018  fails here if they are no text
+        {image.name for image in model.images.values()}  # fails here if they are no text
     except PYCOLMAP_ERRORS as error:
         raise InputError(f"no readable COLMAP model in {folder}: {error}") from None
     for number, camera in model.cameras.items():

@@ -235,6 +235,9 @@ class Child:
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
 
+    def log(self) -> str:
+        return (self.home / "log").read_text(errors="replace") if (self.home / "log").exists() else ""
+
     def end(self, cause: str | None = None) -> tuple[str, Failure] | None:
         """Wait for the process, or end it because of `cause`; what killed it during an input, if something did."""
         if cause:
@@ -246,7 +249,7 @@ class Child:
         self.pipe.close()
         if self.current is None:
             return None
-        log = (self.home / "log").read_text(errors="replace")
+        log = self.log()
         stack = re.findall(r'File "(.+?)", line (\d+)', log)
         if cause is None:
             killed = os.WIFSIGNALED(status)
@@ -321,6 +324,8 @@ def fuzz(names: list[str], inputs: int, seed: int = 0, workers: int = 2, kept: P
                 if child.pid is None:
                     del running[slot]
                     free.add(slot)
+                    if child.current is None and child.numbers:
+                        raise RuntimeError(f"{child.name}: a process ended before its first input: {child.log()}")
                     if child.numbers:
                         batches.insert(0, (child.name, child.numbers))
     return table
