@@ -10,6 +10,7 @@ correspondences is given at its recall. Results go to --save_path: results.json,
 pairs_*.png; of the loop also iterations.csv and iterations_used.png. An interrupted run resumes when started again.
 """
 import argparse
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -123,7 +124,7 @@ def build_pair_set(args):
         path, image_dir = path or config.get("output"), image_dir or config.get("raw_data_dir")
     if not isinstance(path, str) or not isinstance(image_dir, str):
         raise InputError(f"{config_path} lacks {'raw_data_dir' if isinstance(path, str) else 'output'}")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no features at {path}: make them with python3 -m dump.dump --config {config_path}")
     limit, max_keypoints = config.get("limit"), config.get("max_keypoints")
     args.limit, args.max_keypoints = args.limit or limit, max_keypoints or args.max_keypoints
