@@ -71,7 +71,7 @@ from tools.geometry import (
 )
 from tools.locks import locked
 from tools.manifest import check_settings, claim
-from tools.original import from_dump_config
+from tools.original import from_dump_config, is_dump_config
 from tools.pair_list import read_pair_list
 from tools.records import Field, read_record, write_record
 from tools.safe_pickle import load_pickle, numbers
@@ -132,7 +132,7 @@ def load_config(path, arguments: list[str]) -> dict:
     """
     config, extractor_values = dict(DEFAULTS), []
     file = read_yaml(path)
-    if "data_name" in file:
+    if is_dump_config(file):
         file = from_dump_config(file, str(path))
     for values, source in ((file, str(path)), (parse_overrides(arguments), "command line")):
         nested = values.pop("extractor", None) or {}

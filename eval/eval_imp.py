@@ -345,7 +345,8 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
         rows = results[setting] | more[setting]
         common = set.intersection(*({row.index for row in of_method} for of_method in rows.values()))
         both[setting] = {name: [row for row in rows[name] if row.index in common] for name in methods}
-    skipped += [item for item in failed if item[0] not in dict(skipped)]
+    known = dict(skipped)
+    skipped += [item for item in failed if item[0] not in known]
     order = {pair_set.name(i): i for i in range(len(pair_set))}
     return both, sorted(skipped, key=lambda item: order[item[0]]), sweep
 

@@ -734,18 +734,24 @@ def test_iterations_are_told_for_easy_and_hard_pairs():
         "mean iterations: 5.7 for the half of the pairs with more true correspondences, 8.5 for the other")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_pair_on_which_a_matcher_fails_is_skipped_and_the_others_are_kept(scene, workers):
+def failing_at(call: int, text: str):
+    """A matcher that fails the so manieth time."""
     calls = []
 
-    def fails_once(data):
+    def match(data):
         calls.append(data)
-        if len(calls) == 2:
-            raise ValueError("odd\npair")
+        if len(calls) == call:
+            raise ValueError(text)
         return MATCHERS["NN"](MatcherSettings())(data)
 
+    return match
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pair_on_which_a_matcher_fails_is_skipped_and_the_others_are_kept(scene, workers):
     pairs = [make_pair(0, 1), make_pair(0, 1), make_pair(0, 1)]
-    results, skipped = evaluate(list_set(scene, pairs), {"mine": Method(fails_once)}, [MAGSAC], workers=workers)
+    methods = {"mine": Method(failing_at(2, "odd\npair"))}
+    results, skipped = evaluate(list_set(scene, pairs), methods, [MAGSAC], workers=workers)
     assert len(results[MAGSAC]["mine"]) == 2
     assert [reason for _, reason in skipped] == ["ValueError: odd pair"]
 
@@ -887,15 +893,7 @@ def test_what_only_the_loop_cannot_do_is_left_out_of_a_sweep_and_said(scene, wei
 
 def test_a_picture_that_fails_does_not_end_the_others(scene, tmp_path):
     pair_set = list_set(scene, [make_pair(0, 1), make_pair(0, 2)])
-    calls = []
-
-    def fails_third(data):
-        calls.append(data)
-        if len(calls) == 3:
-            raise ValueError("odd")
-        return MATCHERS["NN"](MatcherSettings())(data)
-
-    methods = {"mine": Method(fails_third)}
+    methods = {"mine": Method(failing_at(3, "odd"))}
     results, _ = evaluate(pair_set, methods, [MAGSAC])
     failed = eval_imp.write_pictures(tmp_path, pair_set, methods, results[MAGSAC], MAGSAC, 2)
     assert failed == [("pairs_easy.png", "ValueError: odd")] and (tmp_path / "pairs_hard.png").exists()
