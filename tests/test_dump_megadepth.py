@@ -400,7 +400,7 @@ def test_signal_stops_cleanly(tmp_path, number, n_workers):
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == "stopped\n"
+    assert (process.returncode, errors) == (130, "stopped\n")
     assert not list(out.rglob(".*"))
     assert not (out / "scenes").exists()
 

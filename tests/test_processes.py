@@ -2,10 +2,11 @@
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from tools import processes
+from tools import cli, processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,3 +42,19 @@ def test_a_system_without_signal_masks(monkeypatch):
     monkeypatch.delattr(resource_tracker, "ensure_running")
     with processes.WorkerPool(1) as pool:
         assert pool.submit(abs, -1).result() == 1
+
+
+def test_ctrl_c_while_an_object_is_freed(capsys):
+    """What a destructor raises is dropped by Python; the command is stopped all the same."""
+    class Freed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main(argv):
+        freed = Freed()
+        del freed
+        for _ in range(500):
+            time.sleep(0.01)
+
+    assert cli.run(main, []) == 130
+    assert capsys.readouterr().err == "stopped\n"

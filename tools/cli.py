@@ -1,9 +1,11 @@
 """What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
+import _thread
 import argparse
 import errno
 import math
 import os
 import sys
+import threading
 import traceback
 from concurrent.futures import BrokenExecutor
 
@@ -67,6 +69,7 @@ def run(main, argv=None) -> int:
             stream.reconfigure(errors="backslashreplace")
     argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in argv
+    previous, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         return main([argument for argument in argv if argument != "--debug"]) or 0
     except KeyboardInterrupt:
@@ -82,6 +85,16 @@ def run(main, argv=None) -> int:
         said = describe_error(error)
         print(f"error: {said}" if known else f"{said} (unexpected; --debug shows where)", file=sys.stderr)
         return 2
+    finally:
+        sys.unraisablehook = previous
+
+
+def _interrupt_again(ignored) -> None:
+    """Python drops what is raised while it frees objects (h5py's, say): a Ctrl-C dropped there comes a second time."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _expand_home(argument: str) -> str:
