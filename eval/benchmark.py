@@ -104,8 +104,7 @@ def print_table(rows: list[dict]) -> None:
     def text(value):
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    table = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-    print(*align(table), sep="\n")
+    print(*align([{name: text(value) for name, value in row.items()} for row in rows]), sep="\n")
 
 
 # match
