@@ -20,31 +20,13 @@ import cv2
 import numpy as np
 import torch
 
+from eval import summary
+from eval.iterative import PairMatches
 from eval.journal import Journal
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
-from eval.pair_sets import (
-    EvalPair,
-    Hdf5PairSet,
-    ListPairSet,
-    read_scannet_pairs,
-    upright_images,
-)
+from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import Results, evaluate, pose_errors, run_pair
-from eval.summary import (
-    best_settings,
-    format_iterations,
-    format_sweep,
-    format_table,
-    plot_iterations_used,
-    plot_pose_recall,
-    plot_time_auc,
-    summarize,
-    sweep_thresholds,
-    write_iterations_csv,
-    write_pairs_csv,
-    write_results,
-)
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.config import read_yaml
 from tools.distributed import choose_device
@@ -73,9 +55,9 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     results: those of `evaluate` with `setting`. Pairs without a known pose are ordered by their number of matches.
     Returns (name, reason) of pictures not drawn.
     """
-    *_, rows = results.values()
-    ranking = sorted(range(len(rows)), key=lambda i: (rows[i].error is None, rows[i].error or 0, -rows[i].n_matches))
-    chosen = [ranking[place] for place in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
+    *_, last = results.values()
+    ranking = sorted(range(len(last)), key=lambda i: (last[i].error is None, last[i].error or 0, -last[i].n_matches))
+    chosen = [ranking[place] for place in np.unique(np.linspace(0, len(last) - 1, count).round().astype(int))]
     names = ["easy", *(f"middle{number}" for number in range(1, len(chosen) - 1)), "hard"]
     for pattern in ("pairs_easy.png", "pairs_middle*.png", "pairs_hard.png"):  # of an earlier run, they would mislead
         for stale in Path(folder).glob(pattern):
@@ -83,27 +65,23 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     failed = []
     for name, i in zip(names, chosen):
         try:
-            write_image(Path(folder) / f"pairs_{name}.png", _draw_pair(
-                pair_set[rows[i].index], methods, {method: results[method][i] for method in methods}, setting, device))
+            pair, strips = pair_set[last[i].index], []
+            images, (found,) = upright_images(pair), run_pair(pair, methods, [setting], device).values()
+            for method, matches in found.items():
+                strips.append(_draw_pair(pair, images, method, matches, results[method][i]))
+            write_image(Path(folder) / f"pairs_{name}.png", cv2.vconcat(strips))
         except Exception as error:
             failed.append((f"pairs_{name}.png", reason(error)))
     return failed
 
 
-def _draw_pair(pair: EvalPair, methods: dict[str, Method], rows: dict[str, PairResult], setting: PoseSetting,
-               device) -> np.ndarray:
-    images, strips = upright_images(pair), []
-    for method, found in run_pair(pair, methods, [setting], device)[setting].items():
-        row = rows[method]
-        title = [f"{method}   {row.names[0]}   {row.names[1]}"]
-        if row.error is not None:
-            title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
-                         f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
-        matches = found.matches
-        strips.append(draw_matches(
-            *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
-            epipolar_errors(pair, matches), found.scores, PRECISION_THRESHOLD))
-    return cv2.vconcat(strips)
+def _draw_pair(pair: EvalPair, images, method: str, found: PairMatches, result: PairResult) -> np.ndarray:
+    title = [f"{method}   {'   '.join(pair.names)}"]
+    if result.error is not None:
+        title.append(f"rotation {result.error_R:.1f}, translation {result.error_t:.1f} degrees off; "
+                     f"{result.n_inliers} inliers" if np.isfinite(result.error) else "no pose found")
+    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, epipolar_errors(pair, found.matches),
+                        found.scores, PRECISION_THRESHOLD)
 
 
 def build_pair_set(args):
@@ -336,26 +314,25 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     results, skipped = evaluate_some(JOURNALS[0], one_shot, settings)
     if not any(pose_errors(rows) for rows in results[settings[0]].values()):
         raise InputError("--threshold sweep needs pairs with a known pose")
-    sweep = sweep_thresholds(results)
-    best = best_settings(sweep, args.seed)
+    sweep = summary.sweep_thresholds(results)
+    best = summary.best_settings(sweep, args.seed)
     if not loops:
         return {setting: results[setting] for setting in best}, skipped, sweep
-    more, failed = evaluate_some(JOURNALS[1], loops, best)
+    loop_results, failed = evaluate_some(JOURNALS[1], loops, best)
     both = {}
     for setting in best:
-        rows = results[setting] | more[setting]
-        common = set.intersection(*({row.index for row in of_method} for of_method in rows.values()))
+        rows = results[setting] | loop_results[setting]
+        common = set.intersection(*({row.index for row in rows[name]} for name in methods))
         both[setting] = {name: [row for row in rows[name] if row.index in common] for name in methods}
-    known = dict(skipped)
-    skipped += [item for item in failed if item[0] not in known]
-    order = {pair_set.name(i): i for i in range(len(pair_set))}
-    return both, sorted(skipped, key=lambda item: order[item[0]]), sweep
+    reasons = dict(failed) | dict(skipped)
+    names = [pair_set.name(i) for i in range(len(pair_set))]
+    return both, [(name, reasons[name]) for name in names if name in reasons], sweep
 
 
 def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSetting, list]]:
     """Results with the first seed, and for each of these settings those with the other seeds."""
-    first = {setting: of_setting for setting, of_setting in results.items() if setting.seed == seed}
-    others = {setting: [of_other for other, of_other in results.items()
+    first = {setting: by_method for setting, by_method in results.items() if setting.seed == seed}
+    others = {setting: [by_method for other, by_method in results.items()
                         if other != setting and replace(other, seed=seed) == setting] for setting in first}
     return first, others
 
@@ -364,44 +341,45 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     check_folder(args.save_path)
     pair_set, methods = build_pair_set(args), build_methods(args)
-    more = {"weights": weights_used(methods)}
+    notes = {"weights": weights_used(methods)}
     trained_on = warn_of_training_scenes(pair_set, methods)
     results, skipped, sweep = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
         raise InputError(f"none of the pairs could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     results, others = by_first_seed(results, args.seed)
-    summaries = {setting: summarize(of_setting, args.seed, others[setting]) for setting, of_setting in results.items()}
-    for setting, summary in summaries.items():
+    tables = {setting: summary.summarize(by_method, args.seed, others[setting])
+              for setting, by_method in results.items()}
+    for setting, table in tables.items():
         best = ", the best threshold on these very pairs and so an optimistic one" if sweep else ""
-        print(f"{setting}{best}", format_table(summary), sep="\n")
-        for method, numbers in summary.items():
+        print(f"{setting}{best}", summary.format_table(table), sep="\n")
+        for method, numbers in table.items():
             if numbers.get("by_iteration"):
-                print(f"\n{method}", format_iterations(numbers), sep="\n")
+                print(f"\n{method}", summary.format_iterations(numbers), sep="\n")
         print()
     if args.protocol == "published":
         print("protocol: published (its published figures could not be checked with this program)")
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
     if sweep:
-        print(format_sweep(sweep))
-        more["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
+        print(summary.format_sweep(sweep))
+        notes["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
     if trained_on:
-        more["trained_on_tested_scenes"] = trained_on
+        notes["trained_on_tested_scenes"] = trained_on
 
     folder = Path(args.save_path)
-    write_results(folder / "results.json", vars(args), summaries, skipped, **more)
-    write_pairs_csv(folder / "pairs.csv", results)
-    first, summary = next(iter(summaries.items()))
+    summary.write_results(folder / "results.json", vars(args), tables, skipped, **notes)
+    summary.write_pairs_csv(folder / "pairs.csv", results)
+    first, table = next(iter(tables.items()))
     drawn = {name: method for name, method in methods.items() if not method.shortened}
-    scored = any(numbers["pairs_with_pose"] for numbers in summary.values())
+    scored = any(numbers["pairs_with_pose"] for numbers in table.values())
     if scored:
-        plot_pose_recall(folder / "pose_recall.png", {setting: {name: of_setting[name] for name in drawn}
-                                                      for setting, of_setting in results.items()})
-    if args.use_iterative and any(numbers.get("by_iteration") for numbers in summary.values()):
-        write_iterations_csv(folder / "iterations.csv", results)
-        plot_iterations_used(folder / "iterations_used.png", results)
+        summary.plot_pose_recall(folder / "pose_recall.png", {
+            setting: {name: by_method[name] for name in drawn} for setting, by_method in results.items()})
+    if any(numbers.get("by_iteration") for numbers in table.values()):
+        summary.write_iterations_csv(folder / "iterations.csv", results)
+        summary.plot_iterations_used(folder / "iterations_used.png", results)
     if args.plot_time_auc and scored:
-        plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
+        summary.plot_time_auc(folder / "time_auc.png", table, time_auc_series(methods))
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
     for name in JOURNALS:  # all is written: there is nothing left to resume
         (folder / name).unlink(missing_ok=True)

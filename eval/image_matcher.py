@@ -16,18 +16,16 @@ from tools.exif import read_exif
 from tools.features import FEATURE_TYPES, Features, build_extractor
 from tools.files import atomic_path, read_image
 from tools.geometry import (
-    essential_matrix,
     is_camera_matrix,
     make_pose,
     relative_pose,
     resize_K,
     resize_keypoints,
-    to_camera_coordinates,
     turn_K,
     turn_keypoints,
     turn_pose,
 )
-from tools.metrics import epipolar_error, pose_error
+from tools.metrics import match_errors, pose_error
 from tools.pose import translation_is_determined
 from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
@@ -108,14 +106,12 @@ class ImageMatches:
     def draw(self) -> np.ndarray:
         """Picture of the matches, BGR (H, W, 3): by epipolar error where the true pose is known, else score."""
         title = [f"{self.view0.name}   {self.view1.name}", describe_pose(self)]
-        errors = None
+        errors, (rows0, rows1) = None, self.matches.T
         if self.T_0to1 is not None and self.K0 is not None:
-            x0 = to_camera_coordinates(self.keypoints0[self.matches[:, 0]], self.K0)
-            x1 = to_camera_coordinates(self.keypoints1[self.matches[:, 1]], self.K1)
-            errors = epipolar_error(x0, x1, essential_matrix(self.T_0to1))
-        return draw_matches(self.view0.picture, self.view1.picture,
-                            self.view0.picture_keypoints()[self.matches[:, 0]],
-                            self.view1.picture_keypoints()[self.matches[:, 1]], title, errors, self.matching_scores)
+            errors = match_errors(self.keypoints0[rows0], self.keypoints1[rows1], self.K0, self.K1, self.T_0to1)
+        picture0, picture1, keypoints0, keypoints1 = self._pictures()
+        return draw_matches(picture0, picture1, keypoints0[rows0], keypoints1[rows1], title, errors,
+                            self.matching_scores)
 
     def stages(self) -> list[Stage]:
         """The input, the iterations and the result, for tools.visualize; InputError if matching was not iterative."""
@@ -298,9 +294,8 @@ class ImageMatcher:
         (found,) = method.match(to_data(pair, self.device), [estimate])
         determined = True
         if found.pose is not None:
-            rows0, rows1 = found.matches[found.pose[2]].T
-            determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
-                                                   matched_K0, matched_K1, found.pose[0], self.threshold)
+            inliers = pair.matched_keypoints(found.matches[found.pose[2]])
+            determined = translation_is_determined(*inliers, matched_K0, matched_K1, found.pose[0], self.threshold)
         R, t, inliers = _as_stored(found.pose, view0, view1) or (None, None, np.zeros(len(found.matches), bool))
         steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in found.steps]
         return ImageMatches(view0, view1, found.matches, found.scores, K0, K1, K_source0, K_source1, R, t, inliers,

@@ -79,6 +79,10 @@ class EvalPair:
         if self.T_0to1 is not None and not is_rigid(self.T_0to1):
             raise InputError("the pose is not a rotation and a translation")
 
+    def matched_keypoints(self, matches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keypoints (M, 2) of both views, row i of one matches row i of the other; matches (M, 2): indices."""
+        return self.features0.keypoints[matches[:, 0]], self.features1.keypoints[matches[:, 1]]
+
 
 def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
     """Both images of a pair, (H, W, 3) BGR, turned as its keypoints are; InputError if one cannot be read."""
