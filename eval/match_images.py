@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
+from eval.image_matcher import ImageMatcher, ImageMatches, LoadedImage, describe_pose, focal_K
 from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
@@ -119,7 +119,7 @@ class Cameras:
     K1: np.ndarray | None = None
     focal: float | None = None
 
-    def of(self, pair: Pair, view0: View, view1: View) -> tuple:
+    def of(self, pair: Pair, view0: LoadedImage, view1: LoadedImage) -> tuple:
         """K0 and K1 of a pair, those of its list before the command line's; None where nothing is given."""
         if pair.K0 is not None:
             return pair.K0, pair.K1
