@@ -65,10 +65,10 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     failed = []
     for name, i in zip(names, chosen):
         try:
-            pair, strips = pair_set[last[i].index], []
-            images, (found,) = upright_images(pair), run_pair(pair, methods, [setting], device).values()
-            for method, matches in found.items():
-                strips.append(_draw_pair(pair, images, method, matches, results[method][i]))
+            pair = pair_set[last[i].index]
+            images, (by_method,) = upright_images(pair), run_pair(pair, methods, [setting], device).values()
+            strips = [_draw_pair(pair, images, method, found, results[method][i])
+                      for method, found in by_method.items()]
             write_image(Path(folder) / f"pairs_{name}.png", cv2.vconcat(strips))
         except Exception as error:
             failed.append((f"pairs_{name}.png", reason(error)))
@@ -94,7 +94,10 @@ def build_pair_set(args):
     config_path = args.config or f"configs/{args.dataset}_eval_{args.feature_type}.yaml"
     path, image_dir, config = args.hdf5, args.image_dir, {}
     if args.config or not (path and image_dir):
-        config = _read_config(config_path)
+        config = read_yaml(config_path)
+        for is_theirs, translate in ((is_eval_config, from_eval_config), (is_dump_config, from_dump_config)):
+            if is_theirs(config):  # the original's
+                config = translate(config, str(config_path))
         for key, value in (("dataset", args.dataset), ("feature_type", args.feature_type)):
             if config.get(key, value) != value:
                 raise InputError(f"{config_path} is for {key} {config[key]}, not {value}")
@@ -106,14 +109,6 @@ def build_pair_set(args):
     limit, max_keypoints = config.get("limit"), config.get("max_keypoints")
     args.limit, args.max_keypoints = args.limit or limit, max_keypoints or args.max_keypoints
     return Hdf5PairSet(path, image_dir, FEATURE_TYPES[args.feature_type].dim, max_keypoints)
-
-
-def _read_config(path) -> dict:
-    """A YAML file of dump.dump or of the original: output, raw_data_dir and what else it says."""
-    config = read_yaml(path)
-    if is_eval_config(config):
-        return from_eval_config(config, str(path))
-    return from_dump_config(config, str(path)) if is_dump_config(config) else config
 
 
 def _build_list_set(args) -> ListPairSet:
@@ -162,13 +157,6 @@ def build_methods(args) -> dict[str, Method]:
     return methods
 
 
-def weights_used(methods: dict[str, Method]) -> dict[str, dict]:
-    """{method: path and short SHA-256 of its weights}, of those that take some."""
-    paths = {name: method.matcher.path for name, method in methods.items() if method.matcher.path}
-    hashes = {path: file_hash(path) for path in set(paths.values())}
-    return {name: {"path": str(path), "sha256": hashes[path]} for name, path in paths.items()}
-
-
 def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, list[str]]:
     """Say on stderr which weights were trained on scenes that the set tests, and which do not say what they know.
 
@@ -190,19 +178,14 @@ def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, l
     return found
 
 
-def _file_stamp(path) -> list:
-    """Path, size and time of change of a file, or of the files in a folder."""
-    paths = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
 def journal_settings(args, pair_set, methods: dict[str, Method]) -> dict:
-    """What results depend on: options, and the files that are read."""
+    """What results depend on: options, and path, size and time of change of the files that are read."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    paths = {method.matcher.path for method in methods.values() if method.matcher.path}
-    files = [*map(str, sorted(paths)), args.pairs or str(pair_set.path)]
-    return {**settings, "files": [stamp for path in files for stamp in _file_stamp(path)],
-            "torch": torch.__version__, "opencv": cv2.__version__}
+    paths = sorted({Path(method.matcher.path) for method in methods.values() if method.matcher.path})
+    pairs = Path(args.pairs or pair_set.path)
+    paths += sorted(pairs.iterdir()) if pairs.is_dir() else [pairs]
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return {**settings, "files": stamps, "torch": torch.__version__, "opencv": cv2.__version__}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -341,7 +324,9 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     check_folder(args.save_path)
     pair_set, methods = build_pair_set(args), build_methods(args)
-    notes = {"weights": weights_used(methods)}
+    paths = {name: str(method.matcher.path) for name, method in methods.items() if method.matcher.path}
+    hashes = {path: file_hash(path) for path in set(paths.values())}
+    notes = {"weights": {name: {"path": path, "sha256": hashes[path]} for name, path in paths.items()}}
     trained_on = warn_of_training_scenes(pair_set, methods)
     results, skipped, sweep = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
@@ -379,22 +364,12 @@ def main(argv=None) -> int:
         summary.write_iterations_csv(folder / "iterations.csv", results)
         summary.plot_iterations_used(folder / "iterations_used.png", results)
     if args.plot_time_auc and scored:
-        summary.plot_time_auc(folder / "time_auc.png", table, time_auc_series(methods))
+        summary.plot_time_auc(folder / "time_auc.png", table, methods)
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
     for name in JOURNALS:  # all is written: there is nothing left to resume
         (folder / name).unlink(missing_ok=True)
     print(f"results: {folder}")
     return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))
-
-
-def time_auc_series(methods: dict[str, Method]) -> dict[str, tuple[list[str], list[str]]]:
-    """{network: (its one-shot methods, fewest iterations first, its loops)}, for `plot_time_auc`."""
-    series = {}
-    for name, method in methods.items():
-        if method.matcher.iterates:
-            one_shot, loops = series.setdefault(method.matcher.name, ([], []))
-            (loops if method.iterative else one_shot).append(name)
-    return series
 
 
 if __name__ == "__main__":

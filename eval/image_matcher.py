@@ -303,16 +303,9 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _camera(view: LoadedImage, K) -> tuple[np.ndarray | None, str]:
-    """K of an image and where it comes from: as given, or guessed from EXIF, or None."""
-    if K is not None:
-        return check_K(K), "given"
-    if view.focal is not None:
-        return focal_K(view.focal, view.image_size), "EXIF"
-    return None, "unknown"
-
-
-def check_K(K) -> np.ndarray:
-    """K as float64 (3, 3); InputError if it is not a camera matrix."""
+    """K (3, 3) of an image and where it comes from: as given, or guessed from EXIF, or None."""
+    if K is None:
+        return (None, "unknown") if view.focal is None else (focal_K(view.focal, view.image_size), "EXIF")
     try:
         K = np.asarray(K, np.float64)
     except (TypeError, ValueError):
@@ -320,7 +313,7 @@ def check_K(K) -> np.ndarray:
     if K.shape != (3, 3) or not is_camera_matrix(K):
         raise InputError("K is not a camera matrix: expected (3, 3) with fx 0 cx, 0 fy cy, 0 0 1 and fx, fy > 0; shape "
                          f"{K.shape}")
-    return K
+    return K, "given"
 
 
 def focal_K(focal: float, image_size: tuple[int, int]) -> np.ndarray:

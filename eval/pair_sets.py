@@ -241,16 +241,14 @@ class ListPairSet:
         upright_size = size if turns % 2 == 0 else size[::-1]
         upright = turn_keypoints(stored, size, turns).astype(np.float32)
         features = Features(upright, found.scores, found.descriptors, upright_size)
-        return features, self._depth_of(name, size, stored), size
-
-    def _depth_of(self, name: str, size: tuple[int, int], stored: np.ndarray) -> np.ndarray | None:
         path = None if self.depth_dir is None else self._depth_path(name)
         if path is None:
-            return None
+            return features, None, size
         depth = read_depth(path)
         if depth.shape != size[::-1]:
             raise InputError(f"{path} is {depth.shape[1]}x{depth.shape[0]}, its image {size[0]}x{size[1]}")
-        return depth_at(depth, stored)
+        return features, depth_at(depth, stored), size
+
 
 
 def read_scannet_pairs(path) -> list[Pair]:
