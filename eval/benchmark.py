@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from dump import dump, make_scenes
+from dump.command import peak_memory_mb
 from dump.dump_megadepth import Recipe, dump_megadepth, recipe_of, report_of
-from dump.report import peak_memory_mb
 from eval.matchers import Network
 from eval.methods import Method
 from eval.pair_sets import Hdf5PairSet

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dump import import_dump
-from dump.dump_megadepth import verify_dump
+from dump.verify import verify_dump
 from tools.cli import run
 from tools.manifest import load_dump
 from tools.records import read_record
