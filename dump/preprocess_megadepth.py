@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dump.command import writing
 from dump.shards import add_scene_shard, deal, each_scene, parse_shard, wait_for_all
 from dump.workers import available_cores, stop_on_sigterm
-from tools.cli import InputError, report_skipped, run
+from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
 from tools.geometry import is_camera_matrix, make_pose, project
@@ -328,11 +328,9 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_path", required=True, help="MegaDepth's root, read and written")
     parser.add_argument("--scene", nargs="+", metavar="ID", help="just these scenes (default: all)")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="threads (default: one per core)")
+    parser.add_argument("--workers", type=whole_number(1), default=available_cores(), help="threads (default: one per core)")
     add_scene_shard(parser)
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
     import_pycolmap()
     stop_on_sigterm()  # after the import, which takes the signal for itself
     with writing(f"to {args.base_path}"):
