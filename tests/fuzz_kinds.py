@@ -4,6 +4,7 @@ import pickle
 import random
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -510,7 +511,7 @@ def original_dump(folder):
     command(import_dump.main, folder / "old", folder / "out")
 
 
-with contextlib.suppress(ImportError):  # pycolmap, after cv2
+if find_spec("pycolmap"):
     from test_preprocess_megadepth import write_raw
 
     from dump import preprocess_megadepth
