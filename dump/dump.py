@@ -63,8 +63,6 @@ from tools.files import (
 )
 from tools.geometry import (
     essential_matrix,
-    is_camera_matrix,
-    is_rigid,
     make_pose,
     relative_pose,
     resize_keypoints,
@@ -75,7 +73,7 @@ from tools.original import from_dump_config, is_dump_config
 from tools.pair_list import read_pair_list
 from tools.records import Field, read_record, write_record
 from tools.safe_pickle import load_pickle, numbers
-from tools.scannet import beside, packed_name, read_scannet_camera
+from tools.scannet import beside, packed_name, read_scannet_camera, usable_camera
 
 FORMAT = "imp-eval"
 VERSION = 1
@@ -233,10 +231,7 @@ def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, i
     """(K (3, 3) in OpenCV's convention, pose (4, 4) world-to-camera) of a view; InputError if they cannot be used."""
     if dataset == "scannet":
         return read_scannet_camera(raw_data_dir, view.image_path)
-    K, pose = _yfcc_camera(raw_data_dir, view, image_size)
-    if not (is_camera_matrix(K) and is_rigid(pose)):
-        raise InputError(f"camera not usable: {' '.join(view.camera_paths)}")
-    return K, pose
+    return usable_camera(*_yfcc_camera(raw_data_dir, view, image_size), " ".join(view.camera_paths))
 
 
 def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
