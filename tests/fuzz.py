@@ -103,7 +103,7 @@ def attempt(use, folder: Path) -> list[Failure]:
     try:
         with (contextlib.chdir(folder), watch(found), contextlib.redirect_stdout(io.StringIO()),
               contextlib.redirect_stderr(said)):
-            use(folder)
+            use()
     except (InputError, OutputError):
         pass
     except BaseException as error:
@@ -233,8 +233,9 @@ def fuzz(names: list[str], inputs: int, seed: int = 0, workers: int = 2, kept: P
         for name in names:
             valid = Path(base, name, "valid")
             valid.mkdir(parents=True)
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                KINDS[name].make(valid)
+            with (contextlib.chdir(valid), contextlib.redirect_stderr(io.StringIO()),
+                  contextlib.redirect_stdout(io.StringIO())):
+                KINDS[name].make()
             homes[name] = [Path(base, name, str(slot)) for slot in range(workers)]
             for home in homes[name]:
                 home.mkdir()
