@@ -40,7 +40,7 @@ from dump.shards import parse_shard, under_torchrun, wait_for_all
 from dump.verify import verify_eval
 from dump.workers import available_cores, stop_on_sigterm, worker_pool
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
-from tools.config import overlay, parse_overrides, read_yaml
+from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at
 from tools.features import FEATURE_TYPES, Features
 from tools.files import atomic_path, below, check_folder, header_size, read_depth, read_image
@@ -95,7 +95,7 @@ def load_config(path, arguments: list[str]) -> dict:
     Raises InputError for a key that is unknown, naming the nearest known one, of the wrong type, or missing.
     """
     config, extractor_values = dict(DEFAULTS), []
-    file = read_yaml(path)
+    file = read_config(path)
     if is_dump_config(file):
         file = from_dump_config(file, str(path))
     for values, source in ((file, str(path)), (parse_overrides(arguments), "command line")):

@@ -328,7 +328,7 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_path", required=True, help="MegaDepth's root, read and written")
     parser.add_argument("--scene", nargs="+", metavar="ID", help="just these scenes (default: all)")
-    parser.add_argument("--workers", type=whole_number(1), default=available_cores(), help="threads (default: one per core)")
+    parser.add_argument("--workers", type=whole_number(1), default=available_cores(), help="threads")
     add_scene_shard(parser)
     args = parser.parse_args(argv)
     import_pycolmap()

@@ -6,10 +6,10 @@ import numpy as np
 
 from tools.cli import InputError
 from tools.files import below, hdf5_array, open_hdf5, read_lines
-from tools.geometry import is_camera_matrix, is_rigid, make_pose
+from tools.geometry import make_pose
 from tools.pair_list import read_pair_list
 from tools.safe_pickle import load_pickle, numbers
-from tools.scannet import beside, packed_name, read_scannet_camera
+from tools.scannet import beside, packed_name, read_scannet_camera, usable_camera
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,4 @@ def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, i
     if (w, h) != image_size:
         raise InputError(f"{path} is for an image of {w:g}x{h:g}, it is {image_size[0]}x{image_size[1]}")
     K[:2, 2] = (w - 1) / 2, (h - 1) / 2
-    if not (is_camera_matrix(K) and is_rigid(pose)):
-        raise InputError(f"camera not usable: {view.calibration_path}")
-    return K, pose
+    return usable_camera(K, pose, view.calibration_path)
