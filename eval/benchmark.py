@@ -24,16 +24,15 @@ import torch
 from dump import dump, make_scenes
 from dump.dump_megadepth import Recipe, dump_megadepth, recipe_of, report_of
 from dump.report import peak_memory_mb
-from eval.matchers import Network
-from eval.methods import Method
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
 from eval.pair_sets import Hdf5PairSet
-from eval.report import align
-from eval.run import PoseSetting, evaluate
+from eval.run import evaluate
 from eval.straightforward import Straightforward
+from eval.summary import align
 from nets import SuperPoint, build_matcher
 from nets.assignment import assign
 from nets.matchers import POOL_THRESHOLD
-from tools.checkpoint import load_matcher, save_checkpoint
+from tools.checkpoint import save_checkpoint
 from tools.cli import InputError, run
 from tools.distributed import choose_device
 from tools.files import write_json
@@ -332,12 +331,13 @@ def benchmark_dump(args, device: torch.device) -> dict:
     return {"dump": rows}
 
 
-def _evaluated_matcher(weights):
-    if weights:
-        return load_matcher(weights, "imp", 128)
+def _untrained(path) -> str:
+    """Write weights that match nearest neighbours."""
+    torch.manual_seed(0)
     matcher = build_matcher("imp", descriptor_dim=128, n_layers=9)
     warm_start(matcher)
-    return matcher.eval()
+    save_checkpoint(path, {"model": matcher.state_dict()})
+    return str(path)
 
 
 def benchmark_eval(args, device: torch.device) -> dict:
@@ -354,8 +354,8 @@ def benchmark_eval(args, device: torch.device) -> dict:
             "contrast_threshold: 1.0e-5}\n")
         _quietly(dump.main, ["--config", folder / "dump.yaml"])
         pair_set = Hdf5PairSet(folder / "sift.hdf5", raw)
-        torch.manual_seed(0)
-        matcher = Network(_evaluated_matcher(args.weights).to(device), 0.2)
+        weights = args.weights or _untrained(folder / "imp.pth")
+        matcher = MATCHERS["IMP"](MatcherSettings(weights=weights, device=str(device)))
         for name, method in (("one-shot", Method(matcher)), ("iterative", Method(matcher, iterative=True))):
             for workers in sorted({0, args.workers}):
                 start = time.perf_counter()

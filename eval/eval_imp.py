@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from eval.journal import Journal
-from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
-from eval.methods import Method
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
 from eval.pair_sets import (
     EvalPair,
     Hdf5PairSet,
@@ -30,7 +29,9 @@ from eval.pair_sets import (
     read_scannet_pairs,
     upright_images,
 )
-from eval.report import (
+from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
+from eval.run import Results, evaluate, pose_errors, run_pair
+from eval.summary import (
     best_settings,
     format_iterations,
     format_sweep,
@@ -44,8 +45,6 @@ from eval.report import (
     write_pairs_csv,
     write_results,
 )
-from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
-from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.config import read_yaml
 from tools.distributed import choose_device
@@ -62,7 +61,7 @@ DATASETS = ("yfcc", "scannet", "megadepth1500")
 DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, None: 3.0}  # pixels
 SWEEP = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # pixels
 JOURNALS = ("journal.jsonl", "journal_iterative.jsonl")  # the second one for the loops after a sweep
-# what an unfinished run may be gone on with: it changes which pairs are done, how fast, and what is drawn of them
+# an unfinished run may resume with another value: it changes which pairs are done, how fast, and what is drawn of them
 FREE_TO_CHANGE = ("limit", "workers", "pictures", "save_path")
 MEGADEPTH1500_SCENES = ("0015", "0022")
 
@@ -94,16 +93,16 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
 def _draw_pair(pair: EvalPair, methods: dict[str, Method], rows: dict[str, PairResult], setting: PoseSetting,
                device) -> np.ndarray:
     images, strips = upright_images(pair), []
-    for method, outcome in run_pair(pair, methods, [setting], device)[setting].items():
+    for method, found in run_pair(pair, methods, [setting], device)[setting].items():
         row = rows[method]
         title = [f"{method}   {row.names[0]}   {row.names[1]}"]
         if row.error is not None:
             title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
                          f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
-        matches = outcome.all_matches[outcome.used]
+        matches = found.matches
         strips.append(draw_matches(
             *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
-            epipolar_errors(pair, matches), outcome.all_scores[outcome.used], PRECISION_THRESHOLD))
+            epipolar_errors(pair, matches), found.scores, PRECISION_THRESHOLD))
     return cv2.vconcat(strips)
 
 
@@ -161,7 +160,7 @@ def build_methods(args) -> dict[str, Method]:
     if count > 1:
         raise InputError(f"--matching_method names {name} {count} times: name it once, and give other --weights a run "
                          "of their own")
-    networks = [name for name in args.matching_method if name in NETWORKS]
+    networks = [name for name in args.matching_method if MATCHERS[name].takes_weights]
     weights = args.weights or [None]
     if args.weights and (not networks or len(weights) not in (1, len(networks))):
         raise InputError(f"--weights names {len(weights)} files for the networks {', '.join(networks) or '(none)'}: "
@@ -169,23 +168,25 @@ def build_methods(args) -> dict[str, Method]:
     weights = dict(zip(networks, weights if len(weights) > 1 else weights * len(networks)))
     methods = {}
     for name in args.matching_method:
-        matcher = MATCHERS[name](MatcherSettings(
+        method = Method(MATCHERS[name](MatcherSettings(
             args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
-            args.match_threshold, args.n_layers, args.device))
-        if args.plot_time_auc and name in networks:
+            args.match_threshold, args.n_layers, args.device)))
+        matcher = method.matcher
+        if args.plot_time_auc and matcher.iterates:
             for n_iterations in range(3, matcher.n_iterations, 2):
-                methods[f"{name} {n_iterations} iterations"] = Method(matcher.with_iterations(n_iterations))
-        methods[name] = Method(matcher)
-        if args.use_iterative and name in networks:
+                methods[f"{name} {n_iterations} iterations"] = method.with_iterations(n_iterations)
+        methods[name] = method
+        if args.use_iterative and matcher.iterates:
             uncertain = args.use_uncertainty and matcher.network.pools
             row = f"{name} iterative{', uncertainty' if uncertain else ''}"
-            methods[row] = Method(matcher, True, uncertain, args.protocol == "published")
+            methods[row] = replace(method, iterative=True, use_uncertainty=uncertain,
+                                   published=args.protocol == "published")
     return methods
 
 
 def weights_used(methods: dict[str, Method]) -> dict[str, dict]:
-    """{method: path and short SHA-256 of its weights}, for the networks."""
-    paths = {name: method.matcher.path for name, method in methods.items() if isinstance(method.matcher, Network)}
+    """{method: path and short SHA-256 of its weights}, of those that take some."""
+    paths = {name: method.matcher.path for name, method in methods.items() if method.matcher.path}
     hashes = {path: file_hash(path) for path in set(paths.values())}
     return {name: {"path": str(path), "sha256": hashes[path]} for name, path in paths.items()}
 
@@ -196,16 +197,16 @@ def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, l
     A scene is tested if a folder in the name of an image has its name. Returns {weight file: scenes}.
     """
     folders = {part for name in pair_set.image_names() for part in PurePosixPath(name).parts[:-1]}
-    networks = {str(method.matcher.path): method.matcher for method in methods.values()
-                if isinstance(method.matcher, Network)}
+    scenes_by_path = {str(method.matcher.path): method.matcher.scenes for method in methods.values()
+                      if method.matcher.path}
     found = {}
-    for path, network in networks.items():
-        tested = sorted(folders & set(network.scenes or ()))
+    for path, scenes in scenes_by_path.items():
+        tested = sorted(folders & set(scenes or ()))
         if tested:
             found[path] = tested
             print(f"warning: {path} was trained on {', '.join(tested[:5])}{', ...' if len(tested) > 5 else ''}, which "
                   "this set tests: its numbers do not tell how it does on other scenes", file=sys.stderr)
-        elif network.scenes is None and folders >= set(MEGADEPTH1500_SCENES):
+        elif scenes is None and folders >= set(MEGADEPTH1500_SCENES):
             print(f"note: {path} does not say which scenes it was trained on; the usual list has "
                   f"{' and '.join(MEGADEPTH1500_SCENES)}, which this set tests", file=sys.stderr)
     return found
@@ -220,7 +221,7 @@ def _file_stamp(path) -> list:
 def journal_settings(args, pair_set, methods: dict[str, Method]) -> dict:
     """What results depend on: options, and the files that are read."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    paths = {method.matcher.path for method in methods.values() if isinstance(method.matcher, Network)}
+    paths = {method.matcher.path for method in methods.values() if method.matcher.path}
     files = [*map(str, sorted(paths)), args.pairs or str(pair_set.path)]
     return {**settings, "files": [stamp for path in files for stamp in _file_stamp(path)],
             "torch": torch.__version__, "opencv": cv2.__version__}
@@ -277,7 +278,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         "else is of the first (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--workers", type=whole_number(0), default=0, help="processes that estimate poses while the "
-                        "network runs; 0: all in turn, for times that can be compared (default: %(default)s)")
+                        "network runs; 0: one after the other, for times that can be compared (default: %(default)s)")
     parser.add_argument("--plot_time_auc", action="store_true",
                         help="also run each network with 3, 5, 7, ... iterations, and plot AUC over time")
     parser.add_argument("--pictures", type=whole_number(0), default=4,
@@ -321,10 +322,10 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
     settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators for threshold in thresholds
                 for k in range(args.estimator_seeds)]
-    made_of = journal_settings(args, pair_set, methods)
+    depends_on = journal_settings(args, pair_set, methods)
 
     def evaluate_some(journal_name, some, settings):
-        with Journal(Path(args.save_path) / journal_name, made_of) as journal:
+        with Journal(Path(args.save_path) / journal_name, depends_on) as journal:
             return evaluate(pair_set, some, settings, args.device, args.limit, args.workers, journal)
 
     if args.threshold != "sweep":
@@ -391,7 +392,7 @@ def main(argv=None) -> int:
     write_results(folder / "results.json", vars(args), summaries, skipped, **more)
     write_pairs_csv(folder / "pairs.csv", results)
     first, summary = next(iter(summaries.items()))
-    drawn = {name: method for name, method in methods.items() if not name.endswith(" iterations")}
+    drawn = {name: method for name, method in methods.items() if not method.shortened}
     scored = any(numbers["pairs_with_pose"] for numbers in summary.values())
     if scored:
         plot_pose_recall(folder / "pose_recall.png", {setting: {name: of_setting[name] for name in drawn}
@@ -408,15 +409,13 @@ def main(argv=None) -> int:
     return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))
 
 
-def time_auc_series(methods: dict[str, Method]) -> dict[str, tuple[list[str], str | None]]:
-    """{network: (its one-shot methods, fewest iterations first, the loop or None)}, for `plot_time_auc`."""
+def time_auc_series(methods: dict[str, Method]) -> dict[str, tuple[list[str], list[str]]]:
+    """{network: (its one-shot methods, fewest iterations first, its loops)}, for `plot_time_auc`."""
     series = {}
-    for name in methods:
-        if name not in NETWORKS:
-            continue
-        one_shot = [other for other in methods if other.startswith(f"{name} ") and other.endswith(" iterations")]
-        loop = next((other for other in methods if other.startswith(f"{name} iterative")), None)
-        series[name] = ([*one_shot, name], loop)
+    for name, method in methods.items():
+        if method.matcher.iterates:
+            one_shot, loops = series.setdefault(method.matcher.name, ([], []))
+            (loops if method.iterative else one_shot).append(name)
     return series
 
 

@@ -7,8 +7,7 @@ import cv2
 import numpy as np
 
 from eval.iterative import IterationStep
-from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
-from eval.methods import Method, to_data
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseEstimator, PoseSetting, to_data
 from eval.pair_sets import EvalPair
 from tools import checkpoint
 from tools.cli import InputError
@@ -29,7 +28,7 @@ from tools.geometry import (
     turn_pose,
 )
 from tools.metrics import epipolar_error, pose_error
-from tools.pose import estimate_pose, translation_is_determined
+from tools.pose import translation_is_determined
 from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
 VERSION = 1  # of the npz and of what is in it
@@ -205,7 +204,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     IMP before EIMP; SuperPoint, where its weights and a matcher's for it are there, before SIFT. With weights of the
     user's, they say which features they are for. InputError if there are none on hand.
     """
-    if matching_method is not None and matching_method not in NETWORKS:
+    if matching_method is not None and not MATCHERS[matching_method].takes_weights:
         return matching_method, feature_type or "sift", None
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
@@ -294,27 +293,21 @@ class ImageMatcher:
         has_cameras = K0 is not None and K1 is not None
         matched_K0, matched_K1 = (view0.matched_K(K0), view1.matched_K(K1)) if has_cameras else (None, None)
 
-        def estimate(matches, scores=None):
-            if not has_cameras:
-                return None
-            return estimate_pose(view0.features.keypoints[matches[:, 0]], view1.features.keypoints[matches[:, 1]],
-                                 matched_K0, matched_K1, self.threshold, self.estimator, self.seed, scores)
-
-        pair = EvalPair(0, (view0.name, view1.name), (view0.name, view1.name), view0.features, view1.features)
-        is_network = isinstance(self.matcher, Network)
-        method = Method(self.matcher, iterative=is_network and has_cameras and not self.one_shot)
-        (out,) = method.run(to_data(pair, self.device), [estimate])
-        matches, scores = out.all_matches[out.used], out.all_scores[out.used]
+        pair = EvalPair(0, (view0.name, view1.name), (view0.name, view1.name), view0.features, view1.features,
+                        matched_K0, matched_K1)
+        estimate = PoseEstimator(pair, PoseSetting(self.estimator, self.threshold, self.seed))
+        method = Method(self.matcher, iterative=self.matcher.iterates and has_cameras and not self.one_shot)
+        (found,) = method.match(to_data(pair, self.device), [estimate])
         determined = True
-        if out.pose is not None:
-            rows0, rows1 = matches[out.pose[2]].T
+        if found.pose is not None:
+            rows0, rows1 = found.matches[found.pose[2]].T
             determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
-                                                   matched_K0, matched_K1, out.pose[0], self.threshold)
-        R, t, inliers = _as_stored(out.pose, view0, view1) or (None, None, np.zeros(len(matches), bool))
-        steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in out.steps]
-        return ImageMatches(view0, view1, matches, scores, K0, K1, K_source0, K_source1, R, t, inliers, T_0to1,
-                            out.n_iterations, self.matcher.network.n_layers if is_network else None,
-                            bool(out.stopped_early), steps, determined)
+                                                   matched_K0, matched_K1, found.pose[0], self.threshold)
+        R, t, inliers = _as_stored(found.pose, view0, view1) or (None, None, np.zeros(len(found.matches), bool))
+        steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in found.steps]
+        return ImageMatches(view0, view1, found.matches, found.scores, K0, K1, K_source0, K_source1, R, t, inliers,
+                            T_0to1, found.n_iterations, self.matcher.n_layers, bool(found.stopped_early), steps,
+                            determined)
 
     def __call__(self, image0, image1, K0=None, K1=None) -> ImageMatches:
         """Match two images: paths or arrays, see `load` and `match`."""

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
-from eval.matchers import MATCHERS, NETWORKS
+from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
@@ -278,7 +278,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--K1 goes with --K0")
     if args.K0 and args.focal:
         parser.error("give --K0 or --focal, not both")
-    if args.draw_iterations and (args.one_shot or args.matching_method not in (None, *NETWORKS)):
+    iterates = args.matching_method is None or MATCHERS[args.matching_method].iterates
+    if args.draw_iterations and (args.one_shot or not iterates):
         parser.error("--draw_iterations goes with a network, and not with --one_shot: nothing else has iterations")
     return args
 

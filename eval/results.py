@@ -4,7 +4,7 @@ from typing import get_args
 
 import numpy as np
 
-from eval.methods import Outcome
+from eval.iterative import PairMatches
 from eval.pair_sets import EvalPair
 from tools.cli import InputError
 from tools.correspondences import match_by_projection
@@ -149,29 +149,29 @@ def _n_inliers(pose: tuple | None) -> int:
     return 0 if pose is None else int(np.sum(pose[2]))
 
 
-def score_pair(pair: EvalPair, outcome: Outcome, true0: np.ndarray | None, seconds_features: float) -> PairResult:
+def score_pair(pair: EvalPair, found: PairMatches, true0: np.ndarray | None, seconds_features: float) -> PairResult:
     """What is reported of a method on a pair; true0 as from `true_correspondences`."""
-    matches = outcome.all_matches[outcome.used]
+    matches = found.matches
     result = PairResult(pair.index, pair.names, len(pair.features0.scores), len(pair.features1.scores), len(matches),
-                        _n_inliers(outcome.pose), {"features": seconds_features, **outcome.seconds},
-                        n_iterations=outcome.n_iterations, stopped_early=outcome.stopped_early)
-    errors = _judge(result, pair, matches, outcome.pose)
+                        _n_inliers(found.pose), {"features": seconds_features, **found.seconds},
+                        n_iterations=found.n_iterations, stopped_early=found.stopped_early)
+    errors = _judge(result, pair, matches, found.pose)
     if errors is not None:
         result.matching_score = int(np.sum(errors < PRECISION_THRESHOLD)) / max(result.n_keypoints0, 1)
         if len(errors):
             errors = np.minimum(errors, WORST_ERROR)
             result.epipolar_mean, result.epipolar_median = float(np.mean(errors)), float(np.median(errors))
-    for step in outcome.steps:
+    for step in found.steps:
         scored = StepResult(step.iteration + 1, len(step.kept0), len(step.kept1), len(step.matches),
                             _n_inliers(step.pose))
         _judge(scored, pair, step.matches, step.pose)
         result.steps.append(scored)
     if true0 is not None:
-        index0, index1 = outcome.all_matches.T
+        index0, index1 = found.all_matches.T
         judged = (pair.depth0[index0] > 0) & (pair.depth1[index1] > 0)
         correct = true0[index0] == index1
-        result.scores, result.correct = outcome.all_scores[judged].astype(np.float32), correct[judged]
+        result.scores, result.correct = found.all_scores[judged].astype(np.float32), correct[judged]
         result.n_true = int(np.sum(true0 >= 0))
-        result.n_used = int(np.sum(judged & outcome.used))
-        result.n_correct = int(np.sum(correct & judged & outcome.used))
+        result.n_used = int(np.sum(judged & found.used))
+        result.n_correct = int(np.sum(correct & judged & found.used))
     return result

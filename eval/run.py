@@ -1,4 +1,4 @@
-"""Methods over the pairs of a set: poses in other processes if wished, and gone on with after an interruption."""
+"""Methods over the pairs of a set: poses in other processes if wished, and resumed after an interruption."""
 import contextlib
 import itertools
 import sys
@@ -7,13 +7,13 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
+from eval.iterative import PairMatches
 from eval.journal import Journal
-from eval.methods import Method, to_data
+from eval.methods import Method, PoseEstimator, PoseSetting, to_data
 from eval.pair_sets import EvalPair
 from eval.results import STAGES, PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
@@ -21,66 +21,33 @@ from tools.metrics import pose_auc
 from tools.pose import timed_estimate_pose
 from tools.processes import WorkerPool
 
-
-@dataclass(frozen=True)
-class PoseSetting:
-    """A robust estimator (a key of `tools.pose.ESTIMATORS`), its threshold in pixels, and the seed of its samples."""
-
-    estimator: str = "magsac"
-    threshold: float = 1.0
-    seed: int = 0
-
-    def __str__(self):
-        return f"{self.estimator} at {self.threshold:g} px"
-
-
 Results = dict[PoseSetting, dict[str, list[PairResult]]]
 
 
-class _Estimate:
-    """matches (M, 2) of a pair, scores (M,) -> R, t, inliers or None; `seconds`: how long all calls took to compute.
-
-    pool: the processes that do it, or None. network: the lock that the caller holds; it is open while others compute.
-    """
-
-    def __init__(self, pair: EvalPair, setting: PoseSetting, pool, network):
-        self.pair, self.setting, self.pool, self.network = pair, setting, pool, network
-        self.seconds = 0.0
-
-    def __call__(self, matches: np.ndarray, scores: np.ndarray | None = None) -> tuple | None:
-        pair = self.pair
-        if pair.K0 is None:
-            return None
-        arguments = (pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-                     self.setting.threshold, self.setting.estimator, self.setting.seed, scores)
-        if self.pool is None:
-            pose, seconds = timed_estimate_pose(*arguments)
-        else:
-            self.network.release()
-            try:
-                pose, seconds = self.pool.submit(timed_estimate_pose, *arguments).result()
-            finally:
-                self.network.acquire()
-        self.seconds += seconds
-        return pose
-
-
 def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSetting], device="cpu", pool=None,
-             network=None) -> dict[PoseSetting, dict]:
-    """All methods on one pair with all estimators: {setting: {method: Outcome}}.
+             network=None) -> dict[PoseSetting, dict[str, PairMatches]]:
+    """All methods on one pair with all estimators: {setting: {method: PairMatches}}.
 
     pool: processes that estimate poses, or None. network: a lock held while the methods compute here, so that they
     share the network with other threads; it is open while a pose is estimated in the pool.
     """
-    data, outcomes = to_data(pair, device), {setting: {} for setting in settings}
     network = network or threading.Lock()
+
+    def estimate_in_pool(*arguments):
+        network.release()
+        try:
+            return pool.submit(timed_estimate_pose, *arguments).result()
+        finally:
+            network.acquire()
+
+    data, found = to_data(pair, device), {setting: {} for setting in settings}
+    compute = timed_estimate_pose if pool is None else estimate_in_pool
     with network:
         for name, method in methods.items():
-            estimates = [_Estimate(pair, setting, pool, network) for setting in settings]
-            for setting, estimate, outcome in zip(settings, estimates, method.run(data, estimates)):
-                outcome.seconds["pose"] = estimate.seconds  # without the wait for a process and for the network
-                outcomes[setting][name] = outcome
-    return outcomes
+            estimates = [PoseEstimator(pair, setting, compute) for setting in settings]
+            for setting, matches in zip(settings, method.match(data, estimates)):
+                found[setting][name] = matches
+    return found
 
 
 def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
@@ -162,9 +129,9 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
 
     def score(pair, seconds):
         true0 = true_correspondences(pair)
-        outcomes = run_pair(pair, methods, settings, device, pool, network)
-        return [(setting, name, score_pair(pair, outcome, true0, seconds))
-                for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
+        found = run_pair(pair, methods, settings, device, pool, network)
+        return [(setting, name, score_pair(pair, matches, true0, seconds))
+                for setting, by_method in found.items() for name, matches in by_method.items()]
 
     progress = tqdm(total=len(positions), desc="pairs", disable=None)
     network = threading.Lock()

@@ -371,7 +371,7 @@ def test_every_pair_has_a_file_of_its_own():
 
 # networks
 
-def test_a_network_matches_in_turns_and_draws_them(scene, tmp_path, weights, capsys):
+def test_a_network_matches_iteratively_and_draws_it(scene, tmp_path, weights, capsys):
     options = ("--image_dir", scene / "images", "--max_keypoints", 400, "--weights", weights, "--draw_iterations")
     write_pair_list(tmp_path / "list.txt", [make_pair(0, 1)])
     for folder in ("one", "two"):

@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import torch
 
+from eval.methods import PoseSetting
 from eval.results import STAGES, PairResult
-from eval.run import PoseSetting, Results, pose_errors
+from eval.run import Results, pose_errors
 from tools.files import atomic_path, write_json
 from tools.metrics import bootstrap_interval, pose_auc, precision_at_recall
 from tools.visualize import Figure, plot_curves
@@ -292,10 +293,10 @@ def plot_iterations_used(path, results: Results) -> None:
     _finish(figure, axes, path)
 
 
-def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[str], str | None]]) -> None:
+def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[str], list[str]]]) -> None:
     """Write a PNG: AUC@10 (percent) over milliseconds per pair, of matching and pose.
 
-    summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, the loop)}.
+    summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, its loops)}.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -312,9 +313,9 @@ def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[s
                           textcoords="offset points", color=style["color"])
         axes.errorbar(x, y, (below, above), elinewidth=0.6, label=label, **style)
 
-    for place, (network, (one_shot, loop)) in enumerate(series.items()):
+    for place, (network, (one_shot, loops)) in enumerate(series.items()):
         draw(one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
-        if loop is not None:
+        for loop in loops:
             draw([loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
     axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",
              xlim=(0, None))
