@@ -185,7 +185,7 @@ class Aliked(NetworkExtractor):
     name, dim, weights_file, color = "aliked", 128, "aliked-n16.pth", True
     dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
     eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
-    max_pixels = 2_000_000
+    max_pixels = 2_000_000  # of 2200 bytes each
 
     def _load(self, weights):
         from tools.pretrained import import_kornia, load_pretrained
@@ -207,7 +207,7 @@ class Disk(NetworkExtractor):
     name, dim, weights_file, color = "disk", 128, "disk-depth-save.pth", True
     dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
     eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
-    max_pixels = 2_000_000
+    max_pixels = 2_000_000  # of 2200 bytes each
 
     def _load(self, weights):
         from tools.pretrained import import_kornia, load_pretrained
