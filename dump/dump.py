@@ -47,7 +47,7 @@ from dump.workers import (
     worker_pool,
 )
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
-from tools.config import overlay, parse_overrides, read_yaml
+from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at
 from tools.features import FEATURE_TYPES, Features
 from tools.files import (
@@ -63,8 +63,6 @@ from tools.files import (
 )
 from tools.geometry import (
     essential_matrix,
-    is_camera_matrix,
-    is_rigid,
     make_pose,
     relative_pose,
     resize_keypoints,
@@ -75,7 +73,7 @@ from tools.original import from_dump_config, is_dump_config
 from tools.pair_list import read_pair_list
 from tools.records import Field, read_record, write_record
 from tools.safe_pickle import load_pickle, numbers
-from tools.scannet import beside, packed_name, read_scannet_camera
+from tools.scannet import beside, packed_name, read_scannet_camera, usable_camera
 
 FORMAT = "imp-eval"
 VERSION = 1
@@ -131,7 +129,7 @@ def load_config(path, arguments: list[str]) -> dict:
     Raises InputError for a key that is unknown, naming the nearest known one, of the wrong type, or missing.
     """
     config, extractor_values = dict(DEFAULTS), []
-    file = read_yaml(path)
+    file = read_config(path)
     if is_dump_config(file):
         file = from_dump_config(file, str(path))
     for values, source in ((file, str(path)), (parse_overrides(arguments), "command line")):
@@ -233,10 +231,7 @@ def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, i
     """(K (3, 3) in OpenCV's convention, pose (4, 4) world-to-camera) of a view; InputError if they cannot be used."""
     if dataset == "scannet":
         return read_scannet_camera(raw_data_dir, view.image_path)
-    K, pose = _yfcc_camera(raw_data_dir, view, image_size)
-    if not (is_camera_matrix(K) and is_rigid(pose)):
-        raise InputError(f"camera not usable: {' '.join(view.camera_paths)}")
-    return K, pose
+    return usable_camera(*_yfcc_camera(raw_data_dir, view, image_size), " ".join(view.camera_paths))
 
 
 def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:

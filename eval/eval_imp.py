@@ -46,7 +46,7 @@ from eval.summary import (
     write_results,
 )
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
-from tools.config import read_yaml
+from tools.config import read_config
 from tools.distributed import choose_device
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
@@ -132,7 +132,7 @@ def build_pair_set(args):
 
 def _read_config(path) -> dict:
     """A YAML file of dump.dump or of the original: output, raw_data_dir and what else it says."""
-    config = read_yaml(path)
+    config = read_config(path)
     if is_eval_config(config):
         return from_eval_config(config, str(path))
     return from_dump_config(config, str(path)) if is_dump_config(config) else config
