@@ -15,7 +15,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
 
 
 def add_device(parser) -> None:
-    parser.add_argument("--device", default="auto", help="for spp: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="for networks: auto, cpu, cuda or cuda:N")
 
 
 def add_report_and_verify(parser) -> None:

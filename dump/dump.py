@@ -139,11 +139,12 @@ def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
 
 
 def load_view(task: ViewTask):
-    """(image at the size of the config (H, W) uint8, (w, h) as stored, depth map or None, what is wrong with that or
+    """(image at the size of the config, (w, h) as stored, depth map or None, what is wrong with that or
     None); InputError if the image is unreadable."""
     check_name(task.record_path)
-    image = read_image(below(task.raw_data_dir, task.view.image_path))
-    h, w = image.shape
+    image = read_image(below(task.raw_data_dir, task.view.image_path),
+                       FEATURE_TYPES[task.config["feature_type"]].color)
+    h, w = image.shape[:2]
     size = resized((w, h), task.config["resize"])
     if size != (w, h):
         # linear, also when shrinking: what the published results were made with

@@ -116,7 +116,7 @@ def batches_of(tasks: list, recipe: tuple, size, shard: tuple[int, int] | None =
 def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, load, finish):
     """Extract features: yield (task, what became of it) for each task that is not done.
 
-    batches: as from batches_of. load: task -> (image (H, W) uint8, ...). finish: (task, loaded, Features) -> what
+    batches: as from batches_of. load: task -> (image, ...). finish: (task, loaded, Features) -> what
     became of it. Where one of them raises an error, what became of it is the reason, a string.
 
     On the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for

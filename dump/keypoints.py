@@ -58,11 +58,11 @@ class ImageTask:
 
 
 def load_view(task: ImageTask):
-    """(image (H, W) uint8, depth (H, W) float32); InputError if they cannot be used."""
+    """(image, depth (H, W) float32); InputError if they cannot be used."""
     check_name(task.record_path)
-    image = read_image(below(task.base_path, task.image_path))
+    image = read_image(below(task.base_path, task.image_path), FEATURE_TYPES[task.recipe.feature_type].color)
     depth = read_depth(below(task.base_path, task.depth_path))
-    if depth.shape != image.shape:
+    if depth.shape != image.shape[:2]:
         raise InputError(f"depth map {task.depth_path} is {depth.shape[1]}x{depth.shape[0]}, "
                          f"the image {image.shape[1]}x{image.shape[0]}")
     return image, depth
