@@ -28,7 +28,7 @@ from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pair
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import Results, evaluate, pose_errors, run_pair
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
-from tools.config import read_yaml
+from tools.config import read_config
 from tools.distributed import choose_device
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
@@ -94,7 +94,7 @@ def build_pair_set(args):
     config_path = args.config or f"configs/{args.dataset}_eval_{args.feature_type}.yaml"
     path, image_dir, config = args.hdf5, args.image_dir, {}
     if args.config or not (path and image_dir):
-        config = read_yaml(config_path)
+        config = read_config(config_path)
         for is_theirs, translate in ((is_eval_config, from_eval_config), (is_dump_config, from_dump_config)):
             if is_theirs(config):  # the original's
                 config = translate(config, str(config_path))

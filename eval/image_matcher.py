@@ -38,9 +38,9 @@ class LoadedImage:
     """An image ready to be matched.
 
     image_size (w, h) and keypoints (N, 2) float32 are for the image as stored; features are those of the image as it
-    is matched: downscaled to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image in gray,
-    small enough to draw, and picture_keypoints (N, 2) in its pixels. focal: pixels of the image as stored, guessed from
-    EXIF, or None.
+    is matched: downscaled to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image, gray or
+    BGR, small enough to draw, and picture_keypoints (N, 2) in its pixels. focal: pixels of the image as stored, guessed
+    from EXIF, or None.
     """
 
     name: str
@@ -193,7 +193,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
-        dims = {kind.dim: name for name, kind in FEATURE_TYPES.items()}
+        dims = {kind.dim: name for name, kind in reversed(FEATURE_TYPES.items())}
         feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
         if matching_method is None:
             config = content.get("config")
@@ -250,18 +250,20 @@ class ImageMatcher:
             if image.dtype != np.uint8 or image.size == 0 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,)):
                 raise InputError(f"an image is an array (H, W) or (H, W, 3) BGR of uint8, not {image.shape} of "
                                  f"{image.dtype}")
-            is_color = image.shape[2:] == (3,)
-            gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if is_color else image.reshape(image.shape[:2])
+            one_channel = image.shape[2:] != (3,)
+            image = image.reshape(image.shape[:2]) if one_channel else image
+            if one_channel == self.extractor.color:
+                image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if one_channel else cv2.COLOR_BGR2GRAY)
             name, turns = name or "array", turns or 0
         else:
-            gray, exif, name = read_image(image), read_exif(image), name or str(image)
+            image, exif, name = read_image(image, self.extractor.color), read_exif(image), name or str(image)
             turns, focal = exif.turns if turns is None else turns, exif.focal
-        image_size = gray.shape[1], gray.shape[0]
-        gray = _shrink(gray, self.resize)
-        matched_size = gray.shape[1], gray.shape[0]
-        upright = np.ascontiguousarray(np.rot90(gray, turns))
+        image_size = image.shape[1], image.shape[0]
+        image = _shrink(image, self.resize)
+        matched_size = image.shape[1], image.shape[0]
+        upright = np.ascontiguousarray(np.rot90(image, turns))
         picture, features = _shrink(upright, VIEW_SIDE), self.extractor(upright)
-        on_picture = resize_keypoints(features.keypoints, *np.divide(picture.shape[::-1], features.image_size))
+        on_picture = resize_keypoints(features.keypoints, *np.divide(picture.shape[1::-1], features.image_size))
         keypoints = turn_keypoints(features.keypoints, features.image_size, -turns)
         keypoints = resize_keypoints(keypoints, *np.divide(image_size, matched_size)).astype(np.float32)
         return LoadedImage(name, image_size, matched_size, turns, keypoints, features, picture, on_picture, focal)
@@ -294,8 +296,8 @@ class ImageMatcher:
 
 
 def _shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """An image (H, W) made small enough for its longer side to be `side`; as it is if it is no larger."""
-    scale = side / max(image.shape)
+    """An image made small enough for its longer side to be `side`; as it is if it is no larger."""
+    scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
     size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)

@@ -21,8 +21,9 @@ def test_damaged_files_end_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def depth_map(tmp_path):
-    KINDS["depth_maps"].make(tmp_path)
+def depth_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    KINDS["depth_maps"].make()
     return tmp_path
 
 
@@ -44,10 +45,11 @@ def test_what_a_failure_is(depth_map, monkeypatch):
 ODD = """
 import os, zlib
 from dataclasses import replace
+from pathlib import Path
 import fuzz
 
-def use(folder):
-    path = folder / "depth.png"
+def use():
+    path = Path("depth.png")
     way = zlib.crc32(path.read_bytes()) % 3 if path.is_file() and not path.is_symlink() else 2
     if way == 0:
         os.abort()

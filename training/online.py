@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tools.cli import InputError
 from tools.correspondences import depth_at
-from tools.features import build_extractor
+from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import IMAGE_SUFFIXES, read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
@@ -32,7 +32,7 @@ PHOTO_ASPECT = 4 / 3
 class ViewSettings:
     """How views are made.
 
-    feature_type: sift or spp; extractor: its keyword arguments, as (name, value) pairs; unique_locations: of keypoints
+    feature_type, extractor: see tools.features, the latter as (name, value) pairs; unique_locations: of keypoints
     in the same place only the first is used; side: the longer side of a view, pixels; views: how many of a photograph
     or pair of images, an even number; labels: in pixels of a view.
     """
@@ -48,6 +48,10 @@ class ViewSettings:
     def pairs(self) -> int:
         """How many pairs the views make."""
         return (self.views // 2) ** 2
+
+    def read_image(self, path) -> np.ndarray:
+        """An image in colour or gray, as the features need it."""
+        return read_image(path, FEATURE_TYPES[self.feature_type].color)
 
 
 class _ImageCache:
@@ -135,9 +139,9 @@ class PhotoSource:
         number = self.draws.draw(group, attempt)[1]
         # never the same behind two views that make a pair: it would match, and must not
         behind = number + 1 + 2 * int(rng.integers((len(self.paths) - 1) // 2)) + index % 2
-        image, background = (_cache.get(read_image, self.folder / self.paths[i % len(self.paths)])
+        image, background = (_cache.get(self.settings.read_image, self.folder / self.paths[i % len(self.paths)])
                              for i in (number, behind))
-        side, (h, w) = self.settings.side, image.shape
+        side, (h, w) = self.settings.side, image.shape[:2]
         view_size = (side, round(side / PHOTO_ASPECT))
         if h > w:
             view_size = view_size[::-1]
@@ -185,12 +189,12 @@ class SceneSource:
         scene, number = self.draws.draw(group, attempt)
         info = self.infos[scene]
         i = info["pairs"][number][index % 2]
-        image = _cache.get(read_image, self.base_path / info["image_paths"][i])
+        image = _cache.get(self.settings.read_image, self.base_path / info["image_paths"][i])
         depth = _cache.get(read_depth, self.base_path / info["depth_paths"][i])
-        if depth.shape != image.shape:
+        if depth.shape != image.shape[:2]:
             raise InputError(f"depth map {info['depth_paths'][i]} is {depth.shape[1]}x{depth.shape[0]}, its image "
                              f"{image.shape[1]}x{image.shape[0]}")
-        h, w = image.shape
+        h, w = image.shape[:2]
         scale = self.settings.side / max(h, w)
         image_K = colmap_to_opencv_K(info["intrinsics"][i])
         view_size = (round(w * scale), round(h * scale))
