@@ -58,8 +58,7 @@ class LightGlue(torch.nn.Module):
     @torch.no_grad()
     def forward(self, data: dict, n_layers: int | None = None) -> dict:
         """One-shot matching by the first n_layers layers, or all, of one pair."""
-        for state in self.iterate(data, n_layers):
-            pass
+        *_, state = self.iterate(data, n_layers)
         matches0, matches1, scores0, scores1 = state.matches(0.0)
         return {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
 
@@ -119,7 +118,7 @@ class LightGlueState:
         return *matches, *scores
 
     def confidences(self) -> tuple[Tensor, Tensor]:
-        """How sure each keypoint is that its match will not change: (1, K0), (1, K1) in [0, 1]; not at the last layer."""
+        """How sure each keypoint is of its match, (1, K0), (1, K1) in [0, 1]; there are none at the last layer."""
         return self.network.token_confidence[self.iteration](*self.descriptors)
 
     def is_confident(self) -> bool:

@@ -1,16 +1,24 @@
 """LightGlue as a matcher of the loop: the same matches as kornia's own, and what the loop asks of a network."""
+import json
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from eval_scene import CAMERAS, NAMES, POSES, make_scene
 from test_features import kornia_extractor
 
+from eval import eval_imp
+from eval.image_matcher import ImageMatcher
 from eval.iterative import match_iteratively
 from eval.methods import to_data
 from eval.pair_sets import EvalPair
 from eval.peers import LightGlue, LightGlueState, inside_image
 from nets import SuperPoint, build_matcher
-from tools.cli import InputError
+from tools.cli import InputError, run
+from tools.files import read_image
+from tools.geometry import relative_pose
+from tools.metrics import pose_error
 from tools.pretrained import find_pretrained
 
 K = np.array([[300.0, 0, 159.5], [0, 300, 119.5], [0, 0, 1]])
@@ -158,3 +166,53 @@ def test_weights_of_another_network(tmp_path, lightglue, state):
 def test_weights_of_another_feature(lightglue):
     with pytest.raises(InputError, match="input_proj"):
         LightGlue("spp", find_pretrained("aliked_lightglue.pth"))
+
+
+# commands
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    kornia_extractor("aliked")
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+def command(scene, save_path, *options):
+    return [*options, "--pairs", str(scene / "pairs.txt"), "--image_dir", str(scene / "images"), "--save_path",
+            str(save_path), "--device", "cpu", "--max_keypoints", "400", "--estimator", "poselib", "--threshold", "1",
+            "--pictures", "1"]
+
+
+def test_evaluation(scene, tmp_path):
+    assert eval_imp.main(command(scene, tmp_path, "--matching_method", "LightGlue", "LightGlue_adaptive",
+                                 "--use_iterative")) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    methods = results["tables"][0]["methods"]
+    assert list(methods) == ["LightGlue", "LightGlue iterative", "LightGlue_adaptive"]
+    assert min(numbers["auc"]["20"] for numbers in methods.values()) > 0.8
+    assert methods["LightGlue"]["iterations"] == 9
+    assert methods["LightGlue iterative"]["iterations"] < 9 and methods["LightGlue_adaptive"]["iterations"] < 9
+    assert {entry["path"] for entry in results["weights"].values()} == {str(find_pretrained("aliked_lightglue.pth"))}
+    assert results["arguments"]["feature_type"] == "aliked"
+
+
+def test_each_method_has_its_features(scene, tmp_path, capsys):
+    both = ["--matching_method", "LightGlue", "IMP"]
+    assert run(eval_imp.main, command(scene, tmp_path, *both)) == 2
+    assert capsys.readouterr().err == "error: name --feature_type: LightGlue takes aliked, IMP takes spp by default\n"
+    assert run(eval_imp.main, command(scene, tmp_path, *both, "--feature_type", "sift")) == 2
+    assert "LightGlue takes the features aliked, disk, spp, not sift" in capsys.readouterr().err
+    shortened = ["--matching_method", "LightGlue_adaptive", "--n_layers", "3"]
+    assert run(eval_imp.main, command(scene, tmp_path, *shortened)) == 2
+    assert "--n_layers does not go with LightGlue_adaptive" in capsys.readouterr().err
+
+
+def test_images_of_ones_own(scene):
+    matcher = ImageMatcher("LightGlue", device="cpu", max_keypoints=400)
+    assert matcher.settings["feature_type"] == "aliked"
+    found = matcher(scene / "images" / NAMES[0], scene / "images" / NAMES[1], CAMERAS[0], CAMERAS[1])
+    truth = relative_pose(POSES[0], POSES[1])
+    assert found.stopped_early and found.n_iterations < found.n_layers == 9
+    assert max(pose_error(truth, found.R, found.t)) < 5
+    array = np.repeat(read_image(scene / "images" / NAMES[0])[:, :, None], 3, axis=2)
+    assert len(matcher.load(array[:, :, 0]).keypoints) == len(matcher.load(array).keypoints)
+    assert found.draw().ndim == 3
