@@ -1,6 +1,7 @@
 """What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
 import _thread
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -107,25 +108,20 @@ def _expand_home(argument: str) -> str:
 
 def whole_number(least: int, most: int = 2 ** 31 - 1):
     """An argparse type: a whole number from least to most."""
-    def parse(text: str) -> int:
-        try:
-            if least <= int(text) <= most:
-                return int(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-    return parse
+    return _bounded(int, "whole number", least, most)
 
 
 def number(least: float, most: float = math.inf):
     """An argparse type: a finite number from least to most."""
-    def parse(text: str) -> float:
-        try:
-            if least <= float(text) <= most and math.isfinite(float(text)):
-                return float(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+    return _bounded(float, "number", least, most)
+
+
+def _bounded(kind: type, name: str, least, most):
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most and math.isfinite(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:.12g} to {most:.12g}")
     return parse
 
 
