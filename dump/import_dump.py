@@ -13,16 +13,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from dump.keypoints import write_keypoints
+from dump.matches import MIN_MATCHES
+from dump.shards import each_scene
 from tools.cli import InputError, reason, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import remove_strays, write_json
-from tools.locks import locked
 from tools.manifest import FORMAT, VERSION, claim, keypoint_path, lock_path, match_path, read_scene, scene_path
 from tools.records import KEYPOINT_FIELDS, read_record, write_record
 from tools.safe_pickle import load_npy, numbers
 from tools.scene_info import check_camera, check_name
 
-MIN_KEYPOINTS, MIN_MATCHES = 1024, 20
+MIN_KEYPOINTS = 1024
 # what the original does not say of itself: its defaults; overlaps are NaN in the records
 SETTINGS = {"made_by": "original", "max_keypoints": 4096, "min_keypoints": MIN_KEYPOINTS, "inlier_th": 5,
             "overlap": "unknown"}
@@ -42,45 +44,38 @@ def _field(old: dict, name: str):
     return old[name]
 
 
-@np.errstate(over="ignore")  # what half precision cannot hold is not finite, which is refused
-def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -> dict:
-    """A keypoint dict of the original -> a record of ours."""
+def _import_keypoints(old: dict, target, file_name: str, feature_type: str, dtype: str) -> None:
+    """Write a keypoint dict of the original as a record of ours."""
     keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
     n = len(keypoints)
     size = numbers(_field(old, "image_size"), None, what="image_size")
     if len(size) < 2 or not (np.abs(size) < 2 ** 31).all():
         raise InputError("its image_size is no height and width")
-    h, w = size[:2]
     K, pose = check_camera(_field(old, "intrinsics"), _field(old, "pose"))
-    record = {"image_path": check_name(_field(old, "image_path")), "depth_path": check_name(_field(old, "depth_path")),
-              "image_size": np.array([w, h]).astype(np.int64), "intrinsics": K, "pose": pose,
-              "keypoints": keypoints.astype(np.float32)}
-    for name, shape, kind in (("scores", (n,), "float32"), ("depth", (n,), "float32"),
-                              ("descriptors", (n, FEATURE_TYPES[feature_type].dim), dtype)):
-        record[name] = numbers(_field(old, name), *shape, what=name).astype(kind)
-    if f"{PurePosixPath(record['image_path']).name}_{feature_type}.npy" != file_name:
-        raise InputError(f"it is of the image {record['image_path']}")
+    image_path = check_name(_field(old, "image_path"))
+    if f"{PurePosixPath(image_path).name}_{feature_type}.npy" != file_name:
+        raise InputError(f"it is of the image {image_path}")
     if n < MIN_KEYPOINTS:
         raise InputError(f"{n} keypoints are fewer than {MIN_KEYPOINTS}")
-    for name, value in record.items():
-        if isinstance(value, np.ndarray) and not np.isfinite(value).all():
-            raise InputError(f"its {name} are not finite")
-    return {name: record[name] for name in KEYPOINT_FIELDS}
+    shapes = {"scores": (n,), "depth": (n,), "descriptors": (n, FEATURE_TYPES[feature_type].dim)}
+    write_keypoints(target, dtype, {
+        "image_path": image_path, "depth_path": check_name(_field(old, "depth_path")), "image_size": size[1::-1],
+        "intrinsics": K, "pose": pose, "keypoints": keypoints,
+        **{name: numbers(_field(old, name), *shape, what=name) for name, shape in shapes.items()}})
 
 
 def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
     """A pair of the original -> a match record of ours; n_keypoints: of each image by file name."""
-    record, sides = {}, []
-    for v, theirs in enumerate("12"):
-        record[f"image_path{v}"] = path = check_name(_field(old, f"image_path{theirs}"))
-        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(_field(old, f"intrinsics{theirs}"),
-                                                                    _field(old, f"pose{theirs}"))
+    paths = [check_name(_field(old, f"image_path{v}")) for v in "12"]
+    (K0, pose0), (K1, pose1) = (check_camera(_field(old, f"intrinsics{v}"), _field(old, f"pose{v}")) for v in "12")
+    sides = []
+    for v, path in zip("12", paths):
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
-        side = numbers(_field(old, f"matched_ids{theirs}"), None, what=f"matched_ids{theirs}")
+        side = numbers(_field(old, f"matched_ids{v}"), None, what=f"matched_ids{v}")
         if len(side) and not (side.min() >= 0 and side.max() < n):
-            raise InputError(f"matched_ids{theirs} name keypoints that {path}, of {n}, does not have")
+            raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))
     if len(sides[0]) != len(sides[1]):
         raise InputError(f"{len(sides[0])} matched_ids1 for {len(sides[1])} matched_ids2")
@@ -89,8 +84,8 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
         matches = matches[np.sort(np.unique(matches[:, v], return_index=True)[1])]
     if len(matches) <= MIN_MATCHES:
         raise InputError(f"it has {len(matches)} matches, more than {MIN_MATCHES} are needed")
-    order = ("image_path0", "image_path1", "intrinsics0", "intrinsics1", "pose0", "pose1")
-    return {**{name: record[name] for name in order}, "matches": matches, "overlap": np.nan}
+    return {"image_path0": paths[0], "image_path1": paths[1], "intrinsics0": K0, "intrinsics1": K1, "pose0": pose0,
+            "pose1": pose1, "matches": matches, "overlap": np.nan}
 
 
 def _old_pairs(old, scene: str, feature_type: str) -> list[tuple[str, object]]:
@@ -133,7 +128,7 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
         target = keypoint_path(new, scene, image, feature_type)
         try:
             if not target.exists():
-                write_record(target, _keypoint_record(_load_dict(path), path.name, feature_type, dtype))
+                _import_keypoints(_load_dict(path), target, path.name, feature_type, dtype)
             n_keypoints[image] = len(read_record(target, KEYPOINT_FIELDS, mmap=True)["scores"])
         except Exception as error:
             skipped.append([f"{scene}/{path.name}", reason(error)])
@@ -163,18 +158,12 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     feature_type = feature_type or found[0]
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})
-    summary = {}
-    for folder in sorted((Path(old) / f"keypoints_{feature_type}").iterdir()):
-        scene = folder.name
-        if not folder.is_dir():
-            continue
-        with locked(lock_path(new, scene), busy=f"another process writes scene {scene} of {new}: wait for it"):
-            try:
-                summary[scene] = (read_scene(new, scene) if scene_path(new, scene).is_file()
-                                  else import_scene(old, new, scene, feature_type, dtype))
-            except Exception as error:
-                summary[scene] = {"failed": reason(error)}
-    return summary
+    scenes = sorted(folder.name for folder in (Path(old) / f"keypoints_{feature_type}").iterdir() if folder.is_dir())
+    return {scene: counts or {"failed": problem} for scene, counts, problem in each_scene(
+        scenes, lambda scene: lock_path(new, scene),
+        lambda scene: f"another process writes scene {scene} of {new}: wait for it",
+        lambda scene: (read_scene(new, scene) if scene_path(new, scene).is_file()
+                       else import_scene(old, new, scene, feature_type, dtype)))}
 
 
 def main(argv=None) -> int:

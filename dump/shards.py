@@ -1,9 +1,15 @@
-"""Work shared among machines: --shard I/N, or torchrun's processes."""
+"""Work shared among machines (--shard I/N, or torchrun's processes), and the loop over scenes."""
 import os
 import re
 import time
 
-from tools.cli import InputError
+from tools.cli import InputError, reason
+from tools.locks import InUse, locked
+
+
+def add_scene_shard(parser) -> None:
+    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
+                                                       "machine; under torchrun each process takes its own")
 
 
 def under_torchrun() -> bool:
@@ -25,6 +31,23 @@ def deal(items, shard: tuple[int, int] | None) -> list:
     """The items of shard (i, n): every n-th from the i-th on; all without a shard."""
     index, n = shard or (0, 1)
     return list(items)[index::n]
+
+
+def each_scene(scenes, lock_path, busy, process):
+    """Call process(scene) for each scene, locked: yield (scene, its result, None), or (scene, None, why it is skipped).
+
+    lock_path, busy: scene -> its lock file, and the message of InUse, which is raised if another process is at it.
+    """
+    for scene in scenes:
+        result = problem = None
+        try:
+            with locked(lock_path(scene), busy(scene)):
+                result = process(scene)
+        except InUse:
+            raise
+        except Exception as error:
+            problem = reason(error)
+        yield scene, result, problem
 
 
 def wait_for_all(point: str) -> None:

@@ -41,8 +41,8 @@ class View:
     """An image ready to be matched.
 
     image_size (w, h) and keypoints (N, 2) float32 are for the image as stored; features are those of the image as it
-    is matched: made smaller to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image in
-    gray, small enough to draw. focal: pixels of the image as stored, guessed from EXIF, or None.
+    is matched: made smaller to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image,
+    small enough to draw. focal: pixels of the image as stored, guessed from EXIF, or None.
     """
 
     name: str
@@ -61,7 +61,7 @@ class View:
 
     def picture_keypoints(self) -> np.ndarray:
         """The keypoints in pixels of `picture` (N, 2)."""
-        scale = np.divide(self.picture.shape[::-1], self.features.image_size)
+        scale = np.divide(self.picture.shape[1::-1], self.features.image_size)
         return resize_keypoints(self.features.keypoints, *scale)
 
 
@@ -209,7 +209,7 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
-        dims = {kind.dim: name for name, kind in FEATURE_TYPES.items()}
+        dims = {kind.dim: name for name, kind in reversed(FEATURE_TYPES.items())}
         feature_type = feature_type or dims.get(described.get("descriptor_dim"), "sift")
         if matching_method is None:
             config = content.get("config")
@@ -267,15 +267,17 @@ class ImageMatcher:
                 raise InputError(f"an image is an array (H, W) or (H, W, 3) BGR of uint8, not {image.shape} of "
                                  f"{image.dtype}")
             one_channel = image.shape[2:] != (3,)
-            gray = image.reshape(image.shape[:2]) if one_channel else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+            image = image.reshape(image.shape[:2]) if one_channel else image
+            if one_channel == self.extractor.color:
+                image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if one_channel else cv2.COLOR_BGR2GRAY)
             name, turns = name or "array", turns or 0
         else:
-            gray, exif, name = read_image(image), read_exif(image), name or str(image)
+            image, exif, name = read_image(image, self.extractor.color), read_exif(image), name or str(image)
             turns, focal = exif.turns if turns is None else turns, exif.focal
-        image_size = gray.shape[1], gray.shape[0]
-        gray = _shrink(gray, self.resize)
-        matched_size = gray.shape[1], gray.shape[0]
-        upright = np.ascontiguousarray(np.rot90(gray, turns))
+        image_size = image.shape[1], image.shape[0]
+        image = _shrink(image, self.resize)
+        matched_size = image.shape[1], image.shape[0]
+        upright = np.ascontiguousarray(np.rot90(image, turns))
         features = self.extractor(upright)
         keypoints = turn_keypoints(features.keypoints, features.image_size, -turns)
         keypoints = resize_keypoints(keypoints, *np.divide(image_size, matched_size)).astype(np.float32)
@@ -313,8 +315,8 @@ class ImageMatcher:
 
 
 def _shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """An image (H, W) made small enough for its longer side to be `side`; as it is if it is no larger."""
-    scale = side / max(image.shape)
+    """An image made small enough for its longer side to be `side`; as it is if it is no larger."""
+    scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
     size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)

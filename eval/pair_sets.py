@@ -224,7 +224,7 @@ class ListPairSet:
 
     def _load(self, name: str, turns: int) -> tuple[Features, np.ndarray | None, tuple[int, int]]:
         """Features of the upright image, depth at its keypoints (or None), and the size (w, h) as stored."""
-        image = read_image(self.image_dir / name)
+        image = read_image(self.image_dir / name, getattr(self.extractor, "color", False))
         size = (image.shape[1], image.shape[0])
         new_size = _new_size(size, self.resize)
         if new_size != size:

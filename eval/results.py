@@ -1,12 +1,10 @@
 """What was found on a pair, judged by what is known of it."""
-from dataclasses import asdict, dataclass, field, fields
-from typing import get_args
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from eval.iterative import PairMatches
 from eval.pair_sets import EvalPair
-from tools.cli import InputError
 from tools.correspondences import match_by_projection
 from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
 from tools.metrics import epipolar_error, pose_error
@@ -84,33 +82,10 @@ class PairResult:
 
     @classmethod
     def from_json(cls, content: dict) -> "PairResult":
-        """The inverse of `to_json`; InputError, or whatever comes of it, if it is something else."""
-        steps = [StepResult(**step) for step in content["steps"]]
-        result = cls(**{**content, "names": tuple(content["names"]), "steps": steps,
-                        "scores": np.array(content["scores"], np.float32),
-                        "correct": np.array(content["correct"], bool)})
-        both = [(result.n_true, result.n_used), (result.n_true, result.n_correct),
-                *((part.error_R, part.error_t) for part in (result, *steps))]
-        if not (list(map(type, result.names)) == [str, str]
-                and all(_is_number(value, float) for value in result.seconds.values())
-                and result.scores.shape == result.correct.shape == (len(content["scores"]),)
-                and np.isfinite(result.scores).all() and all((a is None) == (b is None) for a, b in both)
-                and (result.stopped_early is None or result.n_iterations is not None)):
-            raise InputError("these are no results of a pair")
-        for part in (result, *steps):
-            for item in fields(part):
-                kinds = get_args(item.type) or (item.type,)
-                if {int, float, bool} & set(kinds) and not any(_is_number(getattr(part, item.name), kind)
-                                                              for kind in kinds):
-                    raise InputError(f"{item.name} is {str(getattr(part, item.name))[:50]}")
-        return result
-
-
-def _is_number(value, kind: type) -> bool:
-    """Whether a value of a JSON file is of a kind: float (0 to inf), int (from 0), bool or None."""
-    if kind in (int, float) and type(value) in (int, kind):
-        return 0 <= value <= (2 ** 53 if type(value) is int else np.inf)
-    return type(value) is kind
+        """The inverse of `to_json`."""
+        return cls(**{**content, "names": tuple(content["names"]),
+                      "steps": [StepResult(**step) for step in content["steps"]],
+                      "scores": np.array(content["scores"], np.float32), "correct": np.array(content["correct"], bool)})
 
 
 def true_correspondences(pair: EvalPair) -> np.ndarray | None:

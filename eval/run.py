@@ -4,7 +4,7 @@ import itertools
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -15,7 +15,7 @@ from eval.iterative import PairMatches
 from eval.journal import Journal
 from eval.methods import Method, PoseEstimator, PoseSetting, to_data
 from eval.pair_sets import EvalPair
-from eval.results import STAGES, PairResult, score_pair, true_correspondences
+from eval.results import PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
 from tools.metrics import pose_auc
 from tools.pose import timed_estimate_pose
@@ -50,11 +50,10 @@ def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSett
     return found
 
 
-def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
+def choose_positions(n_pairs: int, limit: int | None) -> list[int]:
     """Which pairs of a set to take: `limit` of them, spread evenly, or all."""
-    if limit is None or limit >= n_pairs:
-        return np.arange(n_pairs)
-    return np.unique(np.linspace(0, n_pairs - 1, limit).round().astype(int))
+    n_chosen = min(limit or n_pairs, n_pairs)
+    return np.linspace(0, n_pairs - 1, n_chosen).round().astype(int).tolist()
 
 
 def _to_json(rows: list) -> list[dict]:
@@ -62,34 +61,9 @@ def _to_json(rows: list) -> list[dict]:
              "result": result.to_json()} for setting, name, result in rows]
 
 
-def _from_json(content: list, position: int, settings: list[PoseSetting], methods) -> list:
-    """Rows (setting, method, result) of a finished pair; InputError, or whatever comes of it, if they are not those."""
-    rows = [(PoseSetting(row["estimator"], row["threshold"], row["seed"]), row["method"],
+def _from_json(content: list[dict]) -> list:
+    return [(PoseSetting(row["estimator"], row["threshold"], row["seed"]), row["method"],
              PairResult.from_json(row["result"])) for row in content]
-    there = Counter((setting, name) for setting, name, _ in rows)
-    alike = {(result.index, result.names, result.error is None) for *_, result in rows}
-    if not (there == Counter(itertools.product(settings, methods)) and len(alike) == 1 and min(alike)[0] == position
-            and all(result.seconds.keys() >= set(STAGES) for *_, result in rows)):
-        raise InputError("these are not the results of this pair")
-    return rows
-
-
-def _finished(journal: Journal | None, positions, settings, methods) -> dict[int, list]:
-    """{position: rows} of the pairs that a journal holds; what is damaged in it is left out, and its number said."""
-    if journal is None:
-        return {}
-    finished, n_damaged = {}, journal.n_damaged
-    for position in map(int, positions):
-        if position in journal.finished:
-            try:
-                finished[position] = _from_json(journal.finished[position], position, settings, methods)
-            except Exception:
-                n_damaged += 1
-    if n_damaged:
-        print(f"{journal.path}: {n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
-    if finished:
-        print(f"resuming: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
-    return finished
 
 
 def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], device="cpu",
@@ -99,52 +73,51 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
 
     limit: that many pairs, spread evenly over the set. workers: processes that estimate poses while the network runs
     here; 0: all here, one after the other, which is how times can be compared. Results do not depend on it. journal:
-    pairs that are finished in it are not done again, and those done are added.
+    pairs that are finished in it are not done again, and those done are added; its settings say what methods and
+    settings are.
     Returns the results {setting: {method: one per pair}}, and (name, reason) of the pairs skipped, in the set's order.
     """
     results = {setting: {name: [] for name in methods} for setting in settings}
     positions = choose_positions(len(pair_set), limit)
-    finished, skipped = _finished(journal, positions, settings, methods), {}
+    finished = {} if journal is None else {i: journal.finished[i] for i in positions if i in journal.finished}
+    skipped, network = {}, threading.Lock()
+    if journal is not None and journal.n_damaged:
+        print(f"{journal.path}: {journal.n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
+    if finished:
+        print(f"resuming: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
 
-    def read():
-        for position in map(int, positions):
-            if position in finished:
-                yield position, None, 0.0
-                continue
-            start = time.perf_counter()
-            try:
-                yield position, pair_set[position], time.perf_counter() - start
-            except Exception as error:
-                skipped[position] = reason(error)
+    def read(position):
+        start = time.perf_counter()
+        try:
+            pair = None if position in finished else pair_set[position]
+        except Exception as error:
+            pair, skipped[position] = None, reason(error)
+        return position, pair, time.perf_counter() - start
 
     def match(item):
         position, pair, seconds = item
         if pair is None:
-            return position, finished[position]
+            return position, _from_json(finished.get(position, []))
         try:
-            return position, score(pair, seconds)
+            true0 = true_correspondences(pair)
+            found = run_pair(pair, methods, settings, device, pool, network)
+            return position, [(setting, name, score_pair(pair, matches, true0, seconds))
+                              for setting, by_method in found.items() for name, matches in by_method.items()]
         except Exception as error:
             skipped[position] = reason(error)
             return position, []
 
-    def score(pair, seconds):
-        true0 = true_correspondences(pair)
-        found = run_pair(pair, methods, settings, device, pool, network)
-        return [(setting, name, score_pair(pair, matches, true0, seconds))
-                for setting, by_method in found.items() for name, matches in by_method.items()]
-
     progress = tqdm(total=len(positions), desc="pairs", disable=None)
-    network = threading.Lock()
     try:
         with progress, pose_pool(workers) as pool:
-            for position, rows in _in_order(match, read(), workers):
+            for position, rows in _in_order(match, map(read, positions), workers):
                 if journal is not None and rows and position not in finished:
                     journal.add(position, _to_json(rows))
                 for setting, name, result in rows:
                     results[setting][name].append(result)
-                *_, (name, of_last) = results[settings[0]].items()
-                progress.update(len(skipped) + len(of_last) - progress.n)
-                if errors := pose_errors(of_last):
+                progress.update()
+                *_, (name, last) = results[settings[0]].items()
+                if errors := pose_errors(last):
                     progress.set_postfix_str(f"{name} AUC@10 {100 * pose_auc(errors, [10])[0]:.1f}")
     except KeyboardInterrupt:
         if journal is not None:

@@ -12,20 +12,15 @@ from eval.results import STAGES, PairResult
 from eval.run import Results, pose_errors
 from tools.files import atomic_path, write_json
 from tools.metrics import bootstrap_interval, pose_auc, precision_at_recall
-from tools.visualize import Figure, plot_curves
+from tools.visualize import plot, plot_curves
 
 AUC_THRESHOLDS = (5, 10, 20)  # degrees
 VERSION = 2  # of results.json
 
 
-def _mean(values) -> float | None:
+def _mean(values, function=np.mean) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _median(values) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else None
+    return float(function(known)) if known else None
 
 
 def _auc(errors: list[list[float]], seed: int) -> dict:
@@ -33,7 +28,7 @@ def _auc(errors: list[list[float]], seed: int) -> dict:
     if not errors[0]:
         return {}
     names = list(map(str, AUC_THRESHOLDS))
-    aucs = np.mean([pose_auc(of_run, AUC_THRESHOLDS) for of_run in errors], axis=0)
+    aucs = np.mean([pose_auc(run, AUC_THRESHOLDS) for run in errors], axis=0)
     return {"auc": dict(zip(names, aucs.tolist())),
             "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
 
@@ -58,7 +53,7 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
         numbers["precision"] = _mean(row.precision for row in rows)
         numbers["matching_score"] = _mean(row.matching_score for row in rows)
         numbers["epipolar_error"] = {"mean": _mean(row.epipolar_mean for row in rows),
-                                     "median": _median(row.epipolar_median for row in rows)}
+                                     "median": _mean((row.epipolar_median for row in rows), np.median)}
         numbers["matches"] = _mean(row.n_matches for row in rows)
         numbers["inliers"] = _mean(row.n_inliers for row in rows)
         numbers["keypoints"] = _mean((row.n_keypoints0 + row.n_keypoints1) / 2 for row in rows)
@@ -121,61 +116,57 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _auc_cells(numbers: dict) -> list[str]:
-    if "auc" not in numbers:
-        return ["-"] * len(AUC_THRESHOLDS)
-    cells = []
-    for threshold in map(str, AUC_THRESHOLDS):
+def _rounded(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _auc_cells(numbers: dict) -> dict[str, str]:
+    cells = {f"AUC@{threshold} [95%]": "-" for threshold in AUC_THRESHOLDS}
+    for threshold, value in numbers.get("auc", {}).items():
         low, high = (round(100 * bound) for bound in numbers["auc_interval"][threshold])
-        cells.append(f"{_percent(numbers['auc'][threshold])} [{low}, {high}]")
+        cells[f"AUC@{threshold} [95%]"] = f"{_percent(value)} [{low}, {high}]"
     return cells
 
 
-def align(table: list[list[str]]) -> list[str]:
-    """Rows of cells -> lines; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+def align(rows: list[dict[str, str]]) -> list[str]:
+    """Rows {column: cell} -> lines, the columns' names above; the first column to the left, the others to the right."""
+    table = [list(rows[0]), *(row.values() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(cell.rjust(width) if column else cell.ljust(width)
                       for column, (cell, width) in enumerate(zip(row, widths))) for row in table]
 
 
 def format_table(summary: dict[str, dict]) -> str:
     """The numbers per method as aligned plain text; shares in percent."""
-    with_depth = [numbers["against_depth"] for numbers in summary.values() if "against_depth" in numbers]
+    recalls = [numbers["against_depth"]["baseline_recall"] for numbers in summary.values()
+               if "against_depth" in numbers]
     with_iterations = any(numbers["iterations"] is not None for numbers in summary.values())
-    header = ["method", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "m.score", "matches"]
     notes = ["precision: by epipolar error; m.score: matching score; ms: milliseconds per pair"]
-    if with_depth:
-        recall = _percent(with_depth[0]["baseline_recall"])
-        header += ["recall*", "prec*", f"prec*@{recall}"]
+    if recalls:
+        recall = _percent(recalls[0])
         notes.append(f"*: against the correspondences by depth; prec*@{recall}: at that recall")
     if with_iterations:
-        header += ["iterations", "kept"]
         notes.append("kept: keypoints of a view at the last iteration of the loop")
-    header += [f"{stage} ms" for stage in STAGES]
-    table = [header]
+    table = []
     for method, numbers in summary.items():
-        row = [method, *_auc_cells(numbers), _percent(numbers["precision"]), _percent(numbers["matching_score"]),
-               f"{numbers['matches']:.0f}"]
-        if with_depth:
+        row = {"method": method, **_auc_cells(numbers), "precision": _percent(numbers["precision"]),
+               "m.score": _percent(numbers["matching_score"]), "matches": _rounded(numbers["matches"])}
+        if recalls:
             against = numbers.get("against_depth", {})
-            row += [_percent(against.get(key)) for key in ("recall", "precision", "precision_at_baseline_recall")]
+            row |= {"recall*": _percent(against.get("recall")), "prec*": _percent(against.get("precision")),
+                    f"prec*@{recall}": _percent(against.get("precision_at_baseline_recall"))}
         if with_iterations:
-            kept = numbers.get("keypoints_kept")
-            row += ["-" if numbers["iterations"] is None else f"{numbers['iterations']:.1f}",
-                    "-" if kept is None else f"{kept:.0f}"]
-        row += [f"{numbers['ms'][stage]:.1f}" for stage in STAGES]
-        table.append(row)
+            row |= {"iterations": _rounded(numbers["iterations"], 1), "kept": _rounded(numbers.get("keypoints_kept"))}
+        table.append(row | {f"{stage} ms": _rounded(numbers["ms"][stage], 1) for stage in STAGES})
     return "\n".join([*align(table), *notes])
 
 
 def format_iterations(numbers: dict) -> str:
     """What `summarize` tells of a loop, as aligned plain text."""
-    table = [["if ended after", *(f"AUC@{threshold} [95%]" for threshold in AUC_THRESHOLDS), "precision", "running",
-              "stopped", "kept"]]
-    for row in numbers["by_iteration"]:
-        table.append([f"{row['iterations']} iterations", *_auc_cells(row), _percent(row["precision"]),
-                      _percent(row["running"]), _percent(row["stopped"]), f"{row['keypoints_kept']:.0f}"])
-    lines = align(table)
+    lines = align([{"if ended after": f"{row['iterations']} iterations", **_auc_cells(row),
+                    "precision": _percent(row["precision"]), "running": _percent(row["running"]),
+                    "stopped": _percent(row["stopped"]), "kept": _rounded(row["keypoints_kept"])}
+                   for row in numbers["by_iteration"]])
     if "iterations_of_halves" in numbers:
         easier, harder = numbers["iterations_of_halves"]
         lines.append(f"mean iterations: {easier:.1f} for the half of the pairs with more true correspondences, "
@@ -186,9 +177,9 @@ def format_iterations(numbers: dict) -> str:
 def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]]]:
     """AUC@10 of each method at each threshold: {estimator: {threshold: {method: AUC}}}."""
     sweep = {}
-    for setting, of_setting in results.items():
+    for setting, by_method in results.items():
         sweep.setdefault(setting.estimator, {})[setting.threshold] = {
-            method: pose_auc(pose_errors(rows), [10])[0] for method, rows in of_setting.items()}
+            method: pose_auc(pose_errors(rows), [10])[0] for method, rows in by_method.items()}
     return sweep
 
 
@@ -200,13 +191,10 @@ def best_settings(sweep: dict, seed: int = 0) -> list[PoseSetting]:
 
 def format_sweep(sweep: dict) -> str:
     """AUC@10 in percent by estimator, method and threshold, as aligned plain text."""
-    thresholds = sorted({threshold for by_threshold in sweep.values() for threshold in by_threshold})
-    table = [["AUC@10 at a threshold of", *(f"{threshold:g} px" for threshold in thresholds)]]
-    for estimator, by_threshold in sweep.items():
-        for method in next(iter(by_threshold.values())):
-            table.append([f"{estimator}, {method}", *(_percent(by_threshold[threshold][method])
-                                                      for threshold in thresholds)])
-    return "\n".join(align(table))
+    return "\n".join(align([
+        {"AUC@10 at a threshold of": f"{estimator}, {method}",
+         **{f"{threshold:g} px": _percent(aucs[method]) for threshold, aucs in sorted(by_threshold.items())}}
+        for estimator, by_threshold in sweep.items() for method in next(iter(by_threshold.values()))]))
 
 
 def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **more) -> None:
@@ -219,54 +207,52 @@ def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skip
                       "skipped": [{"pair": name, "reason": reason} for name, reason in skipped]})
 
 
-def _write_csv(path, header: list[str], rows) -> None:
+def _write_csv(path, rows: list[dict]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
         writer.writerows(rows)
 
 
-def _rows(results: Results):
-    for setting, of_setting in results.items():
-        for method, rows in of_setting.items():
+def _each(results: Results):
+    """Yield the first columns of a table, and the result, of each setting, method and pair."""
+    for setting, by_method in results.items():
+        for method, rows in by_method.items():
             for row in rows:
-                yield [row.index, *row.names, method, setting.estimator, setting.threshold], row
+                yield {"pair": row.index, "image0": row.names[0], "image1": row.names[1], "method": method,
+                       "estimator": setting.estimator, "threshold": setting.threshold}, row
 
 
 def write_pairs_csv(path, results: Results) -> None:
     """Write a line per pair, method and estimator; empty where the ground truth is not known."""
-    header = ["pair", "image0", "image1", "method", "estimator", "threshold", "error", "error_R", "error_t",
-              "keypoints0", "keypoints1", "matches", "inliers", "precision", "matching_score", "epipolar_mean",
-              "epipolar_median", "true", "used_with_depth", "correct", "iterations", "stopped_early",
-              *(f"ms_{stage}" for stage in STAGES)]
-    _write_csv(path, header, (
-        [*key, row.error, row.error_R, row.error_t, row.n_keypoints0, row.n_keypoints1, row.n_matches, row.n_inliers,
-         row.precision, row.matching_score, row.epipolar_mean, row.epipolar_median, row.n_true, row.n_used,
-         row.n_correct, row.n_iterations, row.stopped_early, *(round(1000 * row.seconds[stage], 3) for stage in STAGES)]
-        for key, row in _rows(results)))
+    _write_csv(path, [{
+        **key, "error": row.error, "error_R": row.error_R, "error_t": row.error_t, "keypoints0": row.n_keypoints0,
+        "keypoints1": row.n_keypoints1, "matches": row.n_matches, "inliers": row.n_inliers, "precision": row.precision,
+        "matching_score": row.matching_score, "epipolar_mean": row.epipolar_mean,
+        "epipolar_median": row.epipolar_median, "true": row.n_true, "used_with_depth": row.n_used,
+        "correct": row.n_correct, "iterations": row.n_iterations, "stopped_early": row.stopped_early,
+        **{f"ms_{stage}": round(1000 * row.seconds[stage], 3) for stage in STAGES}} for key, row in _each(results)])
 
 
 def write_iterations_csv(path, results: Results) -> None:
     """Write a line for each time that the loop read the matches of a pair."""
-    header = ["pair", "image0", "image1", "method", "estimator", "threshold", "iterations", "kept0", "kept1", "matches",
-              "inliers", "error", "error_R", "error_t", "precision"]
-    _write_csv(path, header, (
-        [*key, step.iterations, step.kept0, step.kept1, step.n_matches, step.n_inliers, step.error, step.error_R,
-         step.error_t, step.precision] for key, row in _rows(results) for step in row.steps))
+    _write_csv(path, [{
+        **key, "iterations": step.iterations, "kept0": step.kept0, "kept1": step.kept1, "matches": step.n_matches,
+        "inliers": step.n_inliers, "error": step.error, "error_R": step.error_R, "error_t": step.error_t,
+        "precision": step.precision} for key, row in _each(results) for step in row.steps])
 
 
-def _named(results: Results):
-    """(label, rows) of every method, with the estimator where there are several."""
-    for setting, of_setting in results.items():
-        for method, rows in of_setting.items():
-            yield method if len(results) == 1 else f"{method}, {setting.estimator}", rows
+def _named(results: Results) -> dict[str, list[PairResult]]:
+    """{label: rows} of every method, with the estimator where there are several."""
+    return {method if len(results) == 1 else f"{method}, {setting.estimator}": rows
+            for setting, by_method in results.items() for method, rows in by_method.items()}
 
 
 def plot_pose_recall(path, results: Results) -> None:
     """Write a PNG: share of pairs (percent) whose pose error is at most x degrees, one curve a method."""
     degrees = np.linspace(0, AUC_THRESHOLDS[-1], 401)
     curves = {}
-    for label, rows in _named(results):
+    for label, rows in _named(results).items():
         errors = np.sort(pose_errors(rows))
         curves[label] = (degrees, 100 * np.searchsorted(errors, degrees, side="right") / len(errors))
     plot_curves(path, curves, "pose error (degrees)", "pairs below it (%)", ylim=(0, 100))
@@ -277,20 +263,18 @@ def plot_iterations_used(path, results: Results) -> None:
 
     The hatched part of a bar is pairs that ran to the end, because no two poses in a row agreed.
     """
-    loops = {label: rows for label, rows in _named(results) if any(row.steps for row in rows)}
+    loops = {label: rows for label, rows in _named(results).items() if any(row.steps for row in rows)}
     used = sorted({step.iterations for rows in loops.values() for row in rows for step in row.steps})
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(loops)
-    for place, (label, rows) in enumerate(loops.items()):
-        x = np.arange(len(used)) + (place - (len(loops) - 1) / 2) * width
-        agreed, others = (np.array([100 * np.mean([row.n_iterations == n and row.stopped_early is stopped
-                                                   for row in rows]) for n in used]) for stopped in (True, False))
-        axes.bar(x, agreed, width * 0.92, label=label, color=f"C{place}")
-        axes.bar(x, others, width * 0.92, bottom=agreed, facecolor="none", edgecolor=f"C{place}", hatch="////")
-    axes.bar([0], [0], facecolor="none", edgecolor="gray", hatch="////", label="ran to the end")
-    axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
-    _finish(figure, axes, path)
+    width, ran_on = 0.8 / len(loops), {"facecolor": "none", "hatch": "////"}
+    with plot(path, legend_above=True) as (axes,):
+        for place, (label, rows) in enumerate(loops.items()):
+            x = np.arange(len(used)) + (place - (len(loops) - 1) / 2) * width
+            agreed, others = (np.array([100 * np.mean([row.n_iterations == n and row.stopped_early is stopped
+                                                       for row in rows]) for n in used]) for stopped in (True, False))
+            axes.bar(x, agreed, width * 0.92, label=label, color=f"C{place}")
+            axes.bar(x, others, width * 0.92, bottom=agreed, edgecolor=f"C{place}", **ran_on)
+        axes.bar([0], [0], edgecolor="gray", label="ran to the end", **ran_on)
+        axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
 
 
 def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[str], list[str]]]) -> None:
@@ -298,35 +282,20 @@ def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[s
 
     summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, its loops)}.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-
-    def draw(methods, label, digits, **style):
-        x, y, below, above = [], [], [], []
-        for numbers in (summary[method] for method in methods):
-            x.append(numbers["ms"]["matching"] + numbers["ms"]["pose"])
-            y.append(100 * numbers["auc"]["10"])
-            low, high = numbers["auc_interval"]["10"]
-            below.append(max(y[-1] - 100 * low, 0))
-            above.append(max(100 * high - y[-1], 0))
-            axes.annotate(f"{numbers['iterations']:.{digits}f}", (x[-1], y[-1]), xytext=(4, 4), fontsize=8,
+    def draw(axes, methods, label, digits, **style):
+        rows = [summary[method] for method in methods]
+        x = [row["ms"]["matching"] + row["ms"]["pose"] for row in rows]
+        y = np.array([100 * row["auc"]["10"] for row in rows])
+        low, high = 100 * np.array([row["auc_interval"]["10"] for row in rows]).T
+        axes.errorbar(x, y, np.maximum([y - low, high - y], 0), elinewidth=0.6, label=label, **style)
+        for row, *point in zip(rows, x, y):
+            axes.annotate(f"{row['iterations']:.{digits}f}", point, xytext=(4, 4), fontsize=8,
                           textcoords="offset points", color=style["color"])
-        axes.errorbar(x, y, (below, above), elinewidth=0.6, label=label, **style)
 
-    for place, (network, (one_shot, loops)) in enumerate(series.items()):
-        draw(one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
-        for loop in loops:
-            draw([loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
-    axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",
-             xlim=(0, None))
-    _finish(figure, axes, path)
-
-
-def _finish(figure: Figure, axes, path) -> None:
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with plot(path, legend_above=True) as (axes,):
+        for place, (network, (one_shot, loops)) in enumerate(series.items()):
+            draw(axes, one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
+            for loop in loops:
+                draw(axes, [loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
+        axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",
+                 xlim=(0, None))

@@ -20,7 +20,7 @@ import torch
 from plane_scene import SIZE, K, files_of, poses, texture, transfer, view
 from test_formats import rows_of
 
-from dump import shards, workers
+from dump import features, shards
 from dump.dump import load_config, main
 from tools.cli import run
 from tools.features import Features, Sift
@@ -256,7 +256,7 @@ def test_network_gets_the_device(raw, output, monkeypatch):
             found = Sift(50)(image)
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
-    monkeypatch.setattr(workers, "build_extractor", Network)
+    monkeypatch.setattr(features, "build_extractor", Network)
     assert dump(raw, output, "--device", "cpu", feature_type="spp", extractor={"nms_radius": 3}) == 0
     assert built == [("spp", {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 3,
                               "align_corners": True, "device": "cpu"})]

@@ -22,18 +22,11 @@ import numpy as np
 import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
-from dump import shards, workers
-from dump.dump_megadepth import (
-    ImageTask,
-    candidate_pairs,
-    dump_megadepth,
-    dump_scene,
-    finish_view,
-    main,
-    match_pairs,
-    recipe_of,
-    verify_dump,
-)
+from dump import features, shards, workers
+from dump.dump_megadepth import dump_megadepth, dump_scene, main
+from dump.keypoints import ImageTask, finish_view, recipe_of
+from dump.matches import match_pairs
+from dump.verify import verify_dump
 from tools.cli import InputError, run
 from tools.correspondences import match_by_projection
 from tools.features import Features, Sift
@@ -42,7 +35,7 @@ from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
 from tools.records import read_record, write_record
-from tools.scene_info import load_scene_info, write_scene_info
+from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
 ROOT = Path(__file__).parent.parent
 MIN_KEYPOINTS = 200
@@ -198,7 +191,7 @@ def test_network(pristine, tmp_path, monkeypatch):
             found = Sift()(image)
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
-    monkeypatch.setattr(workers, "build_extractor", Network)
+    monkeypatch.setattr(features, "build_extractor", Network)
     recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
     assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
     assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True,
@@ -583,9 +576,9 @@ class BatchNetwork:
 def in_batches(monkeypatch, sizes, done=(), bad=(), real_sizes=None, shard=None):
     """What becomes of images 0 .. n-1 of these sizes, and the batches that a network gets."""
     network, real_sizes = BatchNetwork(), real_sizes or sizes
-    monkeypatch.setattr(workers, "extractor", lambda *recipe: network)
-    batches = workers.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
-    found = dict(workers.each_image(
+    monkeypatch.setattr(features, "extractor", lambda *recipe: network)
+    batches = features.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
+    found = dict(features.each_image(
         None, 2, ("spp",), batches, done.__contains__,
         load=lambda i: "bad" if i in bad else (np.full(real_sizes[i][::-1], i), "loaded"),
         finish=lambda i, loaded, features: (*features, loaded[1])))
@@ -637,9 +630,9 @@ def test_few_images_are_held_at_a_time(monkeypatch):
         weakref.finalize(image, held.discard, i)
         most = max(most, len(held))
         return (image,)
-    monkeypatch.setattr(workers, "extractor", lambda *recipe: BatchNetwork())
-    batches = workers.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
-    assert len(list(workers.each_image(None, 2, ("spp",), batches, set().__contains__, load,
+    monkeypatch.setattr(features, "extractor", lambda *recipe: BatchNetwork())
+    batches = features.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
+    assert len(list(features.each_image(None, 2, ("spp",), batches, set().__contains__, load,
                                        lambda i, loaded, features: None))) == 60
     assert 4 < most <= 2 * 2 + 3 * 4  # what is read ahead, the batch, and the last one until it is replaced
 
@@ -653,13 +646,13 @@ def test_header_size(tmp_path):
 
 def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
     built = []
-    monkeypatch.setattr(workers, "_extractor", lambda feature_type, settings: built.append(dict(settings)["device"]))
+    monkeypatch.setattr(features, "_extractor", lambda feature_type, settings: built.append(dict(settings)["device"]))
     monkeypatch.setattr("tools.distributed.choose_devices", lambda gpu: ["cuda:0", "cuda:1"])
-    workers.extractor("spp", {})
+    features.extractor("spp", {})
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    workers.extractor("spp", {})
-    workers.extractor("spp", {}, "cpu")
+    features.extractor("spp", {})
+    features.extractor("spp", {}, "cpu")
     assert built == ["auto", "cuda:1", "cpu"]
 
 

@@ -1,4 +1,5 @@
 """Drawing only: matches between two images, the iterations of a pair, and curves."""
+import contextlib
 import importlib.util
 import os
 import sys
@@ -321,6 +322,23 @@ def write_gif(path, frames: list[np.ndarray], seconds: list[float]) -> None:
                          duration=[round(1000 * duration) for duration in seconds])
 
 
+@contextlib.contextmanager
+def plot(path, n_panels: int = 1, legend_above: bool = False):
+    """Give axes (n_panels,) beside each other to draw into; then add legends and write them as a PNG, atomically."""
+    figure = Figure(figsize=(6 * n_panels, 4), layout="constrained")
+    panels = figure.subplots(1, n_panels, squeeze=False)[0]
+    yield panels
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2} if legend_above else {}
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, **place)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def plot_curves(path, curves: dict, xlabel: str, ylabel: str, title: str = "", ylim: tuple | None = None) -> None:
     """Write a PNG of curves {name: (x, y)} with a legend, atomically. ylim: (low, high), or None: all data."""
     plot_panels(path, {ylabel: curves}, xlabel, title, ylim)
@@ -328,17 +346,9 @@ def plot_curves(path, curves: dict, xlabel: str, ylabel: str, title: str = "", y
 
 def plot_panels(path, panels: dict[str, dict], xlabel: str, title: str = "", ylim: tuple | None = None) -> None:
     """Write a PNG of panels {ylabel: curves} beside each other, curves and ylim as in `plot_curves`, atomically."""
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for place, (ylabel, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        for name, (x, y) in curves.items():
-            axes.plot(x, y, label=name, linewidth=1.5)
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
-        axes.margins(x=0)
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        if curves:
-            axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with plot(path, len(panels)) as all_axes:
+        for axes, (ylabel, curves) in zip(all_axes, panels.items()):
+            for name, (x, y) in curves.items():
+                axes.plot(x, y, label=name, linewidth=1.5)
+            axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
+            axes.margins(x=0)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tools.cli import InputError
 from tools.correspondences import depth_at
-from tools.features import build_extractor
+from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import IMAGE_SUFFIXES, read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
@@ -30,7 +30,7 @@ PHOTO_ASPECT = 4 / 3
 class ViewSettings:
     """How views are made.
 
-    feature_type: sift or spp; extractor: its keyword arguments, as (name, value) pairs; unique_locations: of keypoints
+    feature_type, extractor: see tools.features, the latter as (name, value) pairs; unique_locations: of keypoints
     in the same place only the first is used; side: the longer side of a view, pixels; views: how many of a photograph
     or pair of images, an even number; labels: in pixels of a view.
     """
@@ -46,6 +46,11 @@ class ViewSettings:
     def pairs(self) -> int:
         """How many pairs the views make."""
         return (self.views // 2) ** 2
+
+    @property
+    def color(self) -> bool:
+        """Whether the features need an image in colour."""
+        return FEATURE_TYPES[self.feature_type].color
 
 
 # what the views of a group share, and the photographs behind them
@@ -121,8 +126,9 @@ class PhotoSource(_ViewSource):
         number = self.draws.draw(group, attempt)[1]
         # never the same behind two views that make a pair: it would match, and must not
         behind = number + 1 + 2 * int(rng.integers((len(self.paths) - 1) // 2)) + index % 2
-        image, background = (_read_image(self.folder / self.paths[i % len(self.paths)]) for i in (number, behind))
-        side, (h, w) = self.settings.side, image.shape
+        image, background = (_read_image(self.folder / self.paths[i % len(self.paths)], self.settings.color)
+                             for i in (number, behind))
+        side, (h, w) = self.settings.side, image.shape[:2]
         view_size = (side, round(side / PHOTO_ASPECT))
         if h > w:
             view_size = view_size[::-1]
@@ -164,12 +170,12 @@ class SceneSource(_ViewSource):
         scene, number = self.draws.draw(group, attempt)
         info = self.infos[scene]
         i = info["pairs"][number][index % 2]
-        image = _read_image(self.folder / info["image_paths"][i])
+        image = _read_image(self.folder / info["image_paths"][i], self.settings.color)
         depth = _read_depth(self.folder / info["depth_paths"][i])
-        if depth.shape != image.shape:
+        if depth.shape != image.shape[:2]:
             raise InputError(f"depth map {info['depth_paths'][i]} is {depth.shape[1]}x{depth.shape[0]}, its image "
                              f"{image.shape[1]}x{image.shape[0]}")
-        h, w = image.shape
+        h, w = image.shape[:2]
         scale = self.settings.side / max(h, w)
         image_K = colmap_to_opencv_K(info["intrinsics"][i])
         view_size = (round(w * scale), round(h * scale))
