@@ -101,9 +101,9 @@ def _interrupt_again(ignored) -> None:
 def _expand_home(argument: str) -> str:
     """~/x and --option=~/x with the home folder, as a shell does not do it for the latter."""
     option, equals, value = argument.partition("=")
-    if equals and option.startswith("--") and value.startswith("~"):
+    if equals and option.startswith("--"):
         return option + equals + os.path.expanduser(value)
-    return os.path.expanduser(argument) if argument.startswith("~") else argument
+    return os.path.expanduser(argument)
 
 
 def whole_number(least: int, most: int = 2 ** 31 - 1):
