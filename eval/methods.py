@@ -247,9 +247,8 @@ class PoseEstimator:
         if pair.K0 is None or pair.K1 is None:
             return None
         start = time.perf_counter()
-        pose, seconds = self.compute(
-            pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-            setting.threshold, setting.estimator, setting.seed, scores)
+        pose, seconds = self.compute(*pair.matched_keypoints(matches), pair.K0, pair.K1, setting.threshold,
+                                     setting.estimator, setting.seed, scores)
         self.seconds += seconds
         self.elapsed += time.perf_counter() - start
         return pose
