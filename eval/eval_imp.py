@@ -23,7 +23,7 @@ import torch
 from eval import summary
 from eval.iterative import PairMatches
 from eval.journal import Journal
-from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting, default_feature_type
 from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
 from eval.run import Results, evaluate, pose_errors, run_pair
@@ -197,8 +197,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
                         "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
                         "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
-    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), default="spp",
-                        help="local features (default: %(default)s)")
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES),
+                        help="local features (default: aliked for LightGlue, else spp)")
     parser.add_argument("--protocol", choices=("default", "published"), default="default",
                         help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "
                         "both cameras an inlier, pooling in the loop with --use_uncertainty alone")
@@ -215,8 +215,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
-    parser.add_argument("--match_threshold", type=number(0, 1), default=0.2,
-                        help="score of a network's match (default: %(default)s)")
+    parser.add_argument("--match_threshold", type=number(0, 1),
+                        help="score of a network's match (default: 0.2, of LightGlue 0.1)")
     parser.add_argument("--ratio", type=number(0, 1), default=0.8, help="of NN_ratio (default: %(default)s)")
     parser.add_argument("--threshold", type=_threshold, metavar="PIXELS",
                         help="of the pose estimator (default: 1 for yfcc and megadepth1500, else 3); sweep: try "
@@ -256,6 +256,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--use_uncertainty goes with --use_iterative")
     if args.protocol == "published" and args.estimator != "magsac":
         parser.error("--protocol published goes with --estimator magsac")
+    args.feature_type = args.feature_type or default_feature_type(args.matching_method)
     args.device = str(choose_device(args.device))
     if args.threshold is None:
         args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]

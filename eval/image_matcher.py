@@ -190,6 +190,8 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     """
     if matching_method is not None and not MATCHERS[matching_method].takes_weights:
         return matching_method, feature_type or "sift", None
+    if matching_method is not None and MATCHERS[matching_method].feature_types:  # those of others
+        return matching_method, feature_type or MATCHERS[matching_method].default_feature_type, weights
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
