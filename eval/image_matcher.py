@@ -223,23 +223,25 @@ class ImageMatcher:
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
     tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
-    there is one), cpu, cuda or cuda:N.
+    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
-                 one_shot: bool = False, seed: int = 0, device: str = "auto"):
+                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None):
         device = str(choose_device(device))
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
-        self.extractor = build_extractor(feature_type, device=device, **extractor)
+        self.extractor = build_extractor(feature_type, feature_weights, device=device, **extractor)
         self.resize, self.one_shot, self.device = resize, one_shot, device
         self.pose_setting = PoseSetting(estimator, threshold, seed)
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
                          "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
                          "threshold": threshold, "one_shot": one_shot, "seed": seed}
+        if feature_weights is not None:
+            self.settings["feature_weights"] = str(feature_weights)
 
     def load(self, image, turns: int | None = None, name: str | None = None) -> LoadedImage:
         """Read an image and extract its features.
