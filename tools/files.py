@@ -299,7 +299,7 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    item, where = _plain_dataset(file, name, kind), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, kind)
     if shape is not None and (len(shape) != len(item.shape)
                               or any(n not in (None, there) for n, there in zip(shape, item.shape))):
         raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
@@ -316,7 +316,7 @@ def hdf5_text(file, name: str) -> str:
     One of any length is read without the library, which takes memory and walks as a damaged file tells it to: its
     element holds the length, the address of a heap and the number of an object in there.
     """
-    item, where = _plain_dataset(file, name, "SO"), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, "SO")
     if item.size != 1:
         raise InputError(f"{where} is not one string")
     if item.dtype.kind == "S":
@@ -342,7 +342,7 @@ def hdf5_text(file, name: str) -> str:
     raise InputError(f"{where} is damaged, or stored in a way that is not read here")
 
 
-def _plain_dataset(file, name: str, kind: str):
+def _plain_dataset(file, name: str, kind: str) -> tuple[h5py.Dataset, str]:
     item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
     if item is None:
         raise InputError(f"{where} is missing")
@@ -350,7 +350,7 @@ def _plain_dataset(file, name: str, kind: str):
         raise InputError(f"{where} is not a plain dataset")
     if item.dtype.kind not in kind:
         raise InputError(f"{where} is of type {item.dtype}")
-    return item
+    return item, where
 
 
 def hdf5_image(write) -> bytes:
