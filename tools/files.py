@@ -79,15 +79,16 @@ def file_hash(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_file(path, what: str = "file") -> None:
+def check_file(path, name: str = "file") -> None:
     """InputError unless `path` is a regular file, or a link to one: a FIFO or device is never opened."""
     try:
-        kind = os.stat(path).st_mode
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{name} not found: {path}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{what} not found: {path}" if isinstance(error, FileNotFoundError | NotADirectoryError) else
-                         f"cannot read {what} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
-    if not stat.S_ISREG(kind):
-        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a device or pipe'}, not a {what}")
+        raise InputError(f"cannot read {name} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a {name}")
 
 
 def below(folder, name) -> Path:
