@@ -28,14 +28,14 @@ import numpy as np
 
 from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import extract_missing, extractor
-from dump.keypoints import ImageTask, Recipe, finish_view, load_view, recipe_of
+from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
 from dump.shards import add_scene_shard, deal, each_scene, parse_shard, wait_for_all
 from dump.verify import verify_dump
 from dump.workers import available_cores, stop_on_sigterm, worker_pool
 from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
-from tools.files import check_folder, header_size, read_lines, write_json
+from tools.files import check_folder, read_lines, write_json
 from tools.manifest import claim, keypoint_path, lock_path, match_path, read_scene, scene_path
 from tools.records import KEYPOINT_FIELDS
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
@@ -110,10 +110,8 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     started = time.perf_counter()
-    outcomes, _, n_missing = extract_missing(
-        list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS,
-        lambda task: header_size(Path(task.base_path, task.image_path)), load_view, finish_view, pool, workers,
-        title=f"{scene} images")
+    outcomes, _, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
+                                             title=f"{scene} images")
     work.images += n_missing
     work.image_seconds += (seconds := time.perf_counter() - started)
     print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)

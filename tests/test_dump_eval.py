@@ -467,7 +467,7 @@ def test_shards_at_once_end_with_the_same_bytes(raw, finished, output, n_shards)
     parts = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").rglob("*.jpg.npy")}
     assert len(parts) == N
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dump.dump.finish_view", None)
+        patch.setattr("dump.dump.ViewTask.finish", None)
         assert dump(raw, output) == 0
     assert output.read_bytes() == finished.read_bytes()
     assert sorted(path.name for path in output.parent.iterdir()) == ["eval.hdf5", "eval.yaml"]

@@ -24,7 +24,7 @@ from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
 from dump import features, shards, workers
 from dump.dump_megadepth import dump_megadepth, dump_scene, main
-from dump.keypoints import ImageTask, finish_view, recipe_of
+from dump.keypoints import ImageTask, recipe_of
 from dump.matches import match_pairs
 from dump.verify import verify_dump
 from tools.cli import InputError, run
@@ -478,7 +478,7 @@ def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
     paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
              ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
     task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
-    assert finish_view(task, (None, np.ones((1200, 1600), np.float32)), features)
+    assert task.finish((None, np.ones((1200, 1600), np.float32)), features)
     assert task.record_path.stat().st_size <= 2.3e6
     record = read_record(task.record_path)
     np.testing.assert_allclose(record["descriptors"], features.descriptors, atol=5e-4)
@@ -573,16 +573,30 @@ class BatchNetwork:
         return self.extract_batch([image])[0]
 
 
+class Task:
+    """Image i of its number; `size` in its header, `real` in truth."""
+
+    def __init__(self, i, size, real=None, bad=False):
+        self.i, self.size, self.real, self.bad = i, size, real or size, bad
+
+    def image_size(self):
+        return self.size
+
+    def load(self):
+        return "bad" if self.bad else (np.full(self.real[::-1], self.i), "loaded")
+
+    def finish(self, loaded, found):
+        return (*found, loaded[1])
+
+
 def in_batches(monkeypatch, sizes, done=(), bad=(), real_sizes=None, shard=None):
     """What becomes of images 0 .. n-1 of these sizes, and the batches that a network gets."""
     network, real_sizes = BatchNetwork(), real_sizes or sizes
     monkeypatch.setattr(features, "extractor", lambda *recipe: network)
-    batches = features.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
-    found = dict(features.each_image(
-        None, 2, ("spp",), batches, done.__contains__,
-        load=lambda i: "bad" if i in bad else (np.full(real_sizes[i][::-1], i), "loaded"),
-        finish=lambda i, loaded, features: (*features, loaded[1])))
-    return found, network.batches
+    tasks = [Task(i, size, real_sizes[i], i in bad) for i, size in enumerate(sizes)]
+    batches = features.batches_of(tasks, ("spp",), shard)
+    results = features.each_image(batches, ("spp",), lambda task: task.i in done, None, 2)
+    return {task.i: result for task, result in results}, network.batches
 
 
 def test_images_of_one_size_make_a_batch(monkeypatch):
@@ -623,17 +637,20 @@ def test_few_images_are_held_at_a_time(monkeypatch):
     class Image(np.ndarray):
         pass
 
-    def load(i):
-        nonlocal most
-        image = np.full((5, 5), i).view(Image)
-        held.add(i)
-        weakref.finalize(image, held.discard, i)
-        most = max(most, len(held))
-        return (image,)
+    class Held(Task):
+        def load(self):
+            nonlocal most
+            image = np.full((5, 5), self.i).view(Image)
+            held.add(self.i)
+            weakref.finalize(image, held.discard, self.i)
+            most = max(most, len(held))
+            return (image,)
+
+        def finish(self, loaded, found):
+            return True
     monkeypatch.setattr(features, "extractor", lambda *recipe: BatchNetwork())
-    batches = features.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
-    assert len(list(features.each_image(None, 2, ("spp",), batches, set().__contains__, load,
-                                       lambda i, loaded, features: None))) == 60
+    batches = features.batches_of([Held(i, (5, 5)) for i in range(60)], ("spp",))
+    assert len(list(features.each_image(batches, ("spp",), lambda task: False, None, 2))) == 60
     assert 4 < most <= 2 * 2 + 3 * 4  # what is read ahead, the batch, and the last one until it is replaced
 
 
