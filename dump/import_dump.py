@@ -159,11 +159,14 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})
     scenes = sorted(folder.name for folder in (Path(old) / f"keypoints_{feature_type}").iterdir() if folder.is_dir())
+
+    def process(scene):
+        if scene_path(new, scene).is_file():
+            return read_scene(new, scene)
+        return import_scene(old, new, scene, feature_type, dtype)
+
     return {scene: counts or {"failed": problem} for scene, counts, problem in each_scene(
-        scenes, lambda scene: lock_path(new, scene),
-        lambda scene: f"another process writes scene {scene} of {new}: wait for it",
-        lambda scene: (read_scene(new, scene) if scene_path(new, scene).is_file()
-                       else import_scene(old, new, scene, feature_type, dtype)))}
+        scenes, lambda scene: lock_path(new, scene), f"of {new}", process, remedy="wait for it")}
 
 
 def main(argv=None) -> int:

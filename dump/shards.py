@@ -33,15 +33,16 @@ def deal(items, shard: tuple[int, int] | None) -> list:
     return list(items)[index::n]
 
 
-def each_scene(scenes, lock_path, busy, process):
+def each_scene(scenes, lock_path, place: str, process, busy: str = "another process writes",
+               remedy: str = "wait for it, or give each its own --shard"):
     """Call process(scene) for each scene, locked: yield (scene, its result, None), or (scene, None, why it is skipped).
 
-    lock_path, busy: scene -> its lock file, and the message of InUse, which is raised if another process is at it.
+    lock_path: scene -> its lock file. place, busy, remedy: for the message of InUse if another process holds it.
     """
     for scene in scenes:
         result = problem = None
         try:
-            with locked(lock_path(scene), busy(scene)):
+            with locked(lock_path(scene), f"{busy} scene {scene} {place}: {remedy}"):
                 result = process(scene)
         except InUse:
             raise
