@@ -120,41 +120,23 @@ def match_half_kept(eimp, data: dict) -> tuple:
     return state.matches(0.2)
 
 
-def _peak_megabytes() -> float | None:
-    """Most memory that this process held so far; None where the system does not say (Linux does)."""
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
-    except OSError:
-        return None
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory that this process held so far, on the device or, on Linux, altogether; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else 0
 
 
-def _extra_megabytes(n: int, dim: int, n_layers: int) -> float | None:
-    imp = matchers(dim, n_layers, "cpu")["imp"].eval()
+def _extra_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float:
+    """Most memory that one-shot IMP of a pair takes beyond its weights and input, in a new process."""
+    imp = matchers(dim, n_layers, device)["imp"].eval()
     with torch.inference_mode():
         for size in (n // 16, n):  # what the libraries take for themselves is there after the first
-            data = two_views(size, dim, 1, "cpu")
-            before = _peak_megabytes()
+            data = two_views(size, dim, 1, device)
+            before = _peak_bytes(device)
             imp(data)
-    return None if before is None else _peak_megabytes() - before
-
-
-def peak_match_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float | None:
-    """Most memory that one-shot IMP of a pair took beyond its weights and input."""
-    if device.type == "cuda":
-        imp, data = matchers(dim, n_layers, device)["imp"].eval(), two_views(n, dim, 1, device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode():
-            imp(data)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    # in a process of its own, as a peak never falls
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_extra_megabytes, n, dim, n_layers).result()
-
-
-def _compiled(matcher, device: torch.device):
-    """The matcher compiled for fixed sizes, with CUDA graphs on a GPU."""
-    return torch.compile(matcher, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    return (_peak_bytes(device) - before) / 1e6
 
 
 def benchmark_match(args, device: torch.device) -> dict:
@@ -164,8 +146,11 @@ def benchmark_match(args, device: torch.device) -> dict:
     product = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
     for net in nets.values():
         net.eval()
-    compiled = _compiled(nets["imp"], device) if args.compile else None
-    against, variants = [], []
+    variants = {"IMP": nets["imp"], "EIMP": nets["eimp"]}
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
+        variants["IMP compiled"] = torch.compile(nets["imp"], dynamic=False, mode=mode)
+    against, rates = [], []
     for n in args.keypoints:
         data = two_views(n, args.dim, 1, device)
         functions = {
@@ -181,42 +166,40 @@ def benchmark_match(args, device: torch.device) -> dict:
             s = median_seconds(functions, args.rounds, device)
         rate = 2 * PRODUCT_SIZE ** 3 / s["product"]
         bound = operations(n, args.dim, args.layers) / rate
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            extra = pool.submit(_extra_megabytes, n, args.dim, args.layers, device).result()
         against.append({
             "keypoints": n, "product GFLOP/s": rate / 1e9, "bound s": bound, "IMP s": s["imp"],
             "IMP/bound": s["imp"] / bound, "straightforward IMP s": s["plain imp"], "x": s["plain imp"] / s["imp"],
             "EIMP s": s["eimp"], "straightforward EIMP s": s["plain eimp"], "x ": s["plain eimp"] / s["eimp"],
             f"IMP {n_fewer}/{args.layers}": s["fewer"] / s["imp"], "EIMP half kept/IMP": s["half"] / s["imp"],
-            "extra MB": peak_match_megabytes(n, args.dim, args.layers, device)})
+            "extra MB": extra})
         for precision in args.precision:
             for batch in args.batch:
                 many = {key: value.expand(batch, *value.shape[1:]).contiguous() for key, value in data.items()}
-                functions = {name: partial(net, many) for name, net in (("IMP", nets["imp"]), ("EIMP", nets["eimp"]),
-                                                                        ("IMP compiled", compiled)) if net is not None}
+                functions = {name: partial(net, many) for name, net in variants.items()}
                 with torch.inference_mode(), _autocast(precision, device):
                     seconds = median_seconds(functions, args.rounds, device)
-                variants.append({"keypoints": n, "precision": precision, "batch": batch,
+                rates.append({"keypoints": n, "precision": precision, "batch": batch,
                                  **{f"{name} pairs/s": batch / value for name, value in seconds.items()}})
     print(f"one pair, D {args.dim}, {args.layers} iterations, one-shot; bound: operations with shared attention kept, "
           f"at the rate of a {PRODUCT_SIZE}^3 product")
     print_table(against)
     print("\npairs per second")
-    print_table(variants)
-    return {"pair": against, "rates": variants}
+    print_table(rates)
+    return {"pair": against, "rates": rates}
 
 
 # train
 
-def _training_step(net, data: dict, optimizer, precision: str, device: torch.device) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def _loss(net, data: dict, precision: str, device: torch.device) -> torch.Tensor:
     with _autocast(precision, device):
-        loss = net(data)["loss"]
-    loss.backward()
-    optimizer.step()
+        return net(data)["loss"]
 
 
-def _straightforward_step(plain: Straightforward, data: dict, optimizer) -> None:
+def _step(loss, optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
-    plain.loss(data).backward()
+    loss().backward()
     optimizer.step()
 
 
@@ -237,9 +220,10 @@ def benchmark_train(args, device: torch.device) -> dict:
                     layer.compile()
             optimizer = torch.optim.Adam(net.parameters(), fused=device.type == "cuda")
             for precision in args.precision:
-                functions[kind, precision] = partial(_training_step, net.train(), data, optimizer, precision, device)
+                functions[kind, precision] = partial(_step, partial(_loss, net.train(), data, precision, device),
+                                                     optimizer)
             plain = Straightforward(kind, net.state_dict(), training=True)
-            functions[kind, "straightforward"] = partial(_straightforward_step, plain, data,
+            functions[kind, "straightforward"] = partial(_step, partial(plain.loss, data),
                                                          torch.optim.Adam(plain.parameters.values()))
         s = median_seconds(functions, args.rounds, device)
         for kind in ("imp", "eimp"):

@@ -16,33 +16,31 @@ from tools.exif import read_exif
 from tools.features import FEATURE_TYPES, Features, build_extractor
 from tools.files import atomic_path, read_image
 from tools.geometry import (
-    essential_matrix,
     is_camera_matrix,
     make_pose,
     relative_pose,
     resize_K,
     resize_keypoints,
-    to_camera_coordinates,
     turn_K,
     turn_keypoints,
     turn_pose,
 )
-from tools.metrics import epipolar_error, pose_error
+from tools.metrics import match_errors, pose_error
 from tools.pose import translation_is_determined
 from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
-VERSION = 1  # of the npz and of what is in it
+VERSION = 1  # of the npz and of its content
 DOUBTFUL_INLIERS = 15  # of the demo's 100 pairs 13 had fewer; 12 of their poses were more than 5 degrees off
-GIF_SECONDS, GIF_SECONDS_LAST = 1.2, 3.0
 
 
 @dataclass
-class View:
+class LoadedImage:
     """An image ready to be matched.
 
     image_size (w, h) and keypoints (N, 2) float32 are for the image as stored; features are those of the image as it
-    is matched: made smaller to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image,
-    small enough to draw. focal: pixels of the image as stored, guessed from EXIF, or None.
+    is matched: downscaled to `matched_size` (w, h), then turned by np.rot90(image, turns). picture: that image, gray or
+    BGR, small enough to draw, and picture_keypoints (N, 2) in its pixels. focal: pixels of the image as stored, guessed
+    from EXIF, or None.
     """
 
     name: str
@@ -52,17 +50,14 @@ class View:
     keypoints: np.ndarray
     features: Features
     picture: np.ndarray
+    picture_keypoints: np.ndarray
     focal: float | None
 
-    def matched_K(self, K: np.ndarray) -> np.ndarray:
+    def matched_K(self, K: np.ndarray | None) -> np.ndarray | None:
         """K (3, 3) of the image as stored -> of the image as it is matched."""
-        scale = np.divide(self.matched_size, self.image_size)
-        return turn_K(resize_K(K, *scale), self.matched_size, self.turns)
-
-    def picture_keypoints(self) -> np.ndarray:
-        """The keypoints in pixels of `picture` (N, 2)."""
-        scale = np.divide(self.picture.shape[1::-1], self.features.image_size)
-        return resize_keypoints(self.features.keypoints, *scale)
+        if K is None:
+            return None
+        return turn_K(resize_K(K, *np.divide(self.matched_size, self.image_size)), self.matched_size, self.turns)
 
 
 @dataclass
@@ -77,8 +72,8 @@ class ImageMatches:
     turned on the spot, as far as the inliers tell, so that t means nothing.
     """
 
-    view0: View
-    view1: View
+    view0: LoadedImage
+    view1: LoadedImage
     matches: np.ndarray
     matching_scores: np.ndarray
     K0: np.ndarray | None
@@ -108,14 +103,11 @@ class ImageMatches:
     def draw(self) -> np.ndarray:
         """Picture of the matches, BGR (H, W, 3): by epipolar error where the true pose is known, else score."""
         title = [f"{self.view0.name}   {self.view1.name}", describe_pose(self)]
-        errors = None
+        errors, (rows0, rows1) = None, self.matches.T
         if self.T_0to1 is not None and self.K0 is not None:
-            x0 = to_camera_coordinates(self.keypoints0[self.matches[:, 0]], self.K0)
-            x1 = to_camera_coordinates(self.keypoints1[self.matches[:, 1]], self.K1)
-            errors = epipolar_error(x0, x1, essential_matrix(self.T_0to1))
-        return draw_matches(self.view0.picture, self.view1.picture,
-                            self.view0.picture_keypoints()[self.matches[:, 0]],
-                            self.view1.picture_keypoints()[self.matches[:, 1]], title, errors, self.matching_scores)
+            errors = match_errors(self.keypoints0[rows0], self.keypoints1[rows1], self.K0, self.K1, self.T_0to1)
+        return draw_matches(self.view0.picture, self.view1.picture, self.view0.picture_keypoints[rows0],
+                            self.view1.picture_keypoints[rows1], title, errors, self.matching_scores)
 
     def stages(self) -> list[Stage]:
         """The input, the iterations and the result, for tools.visualize; InputError if matching was not iterative."""
@@ -123,28 +115,21 @@ class ImageMatches:
             raise InputError(f"no iterations to draw of {self.view0.name} {self.view1.name}: they take a network, both "
                              "K, and keypoints in both images")
         stages = [Stage("two images", np.arange(len(self.keypoints0)), np.arange(len(self.keypoints1)))]
-        before = None
-        for step in self.steps[:-1]:
-            inliers = np.zeros(len(step.matches), bool) if step.pose is None else step.pose[2]
-            stages.append(Stage(f"iteration {step.iteration + 1}", step.kept0, step.kept1, step.matches, inliers,
-                                self._errors(step.pose, before)))
-            before = step.pose
-        pose = None if self.R is None else (self.R, self.t)
-        title = f"iteration {self.n_iterations} of {self.n_layers}: result"
-        last = self.steps[-1]
-        return [*stages, Stage(title, last.kept0, last.kept1, self.matches, self.inliers, self._errors(pose, before))]
-
-    def _errors(self, pose, before) -> tuple[float, float] | None:
-        """Rotation and translation error of a pose; where the truth is not known, its change from the one before."""
         reference = self.T_0to1
-        if reference is None and before is not None:
-            reference = make_pose(*before[:2])
-        if pose is None:
-            return np.inf, np.inf
-        if reference is None:
-            return None
-        error_t, error_R = pose_error(reference, *pose[:2])
-        return error_R, error_t
+        for step in self.steps:
+            title, matches, pose = f"iteration {step.iteration + 1}", step.matches, step.pose
+            inliers = np.zeros(len(matches), bool) if pose is None else pose[2]
+            if step is self.steps[-1]:
+                title, matches, inliers = f"{title} of {self.n_layers}: result", self.matches, self.inliers
+                pose = None if self.R is None else (self.R, self.t)
+            errors = None if pose is not None else (np.inf, np.inf)
+            if pose is not None and reference is not None:
+                error_t, error_R = pose_error(reference, *pose[:2])
+                errors = error_R, error_t
+            stages.append(Stage(title, step.kept0, step.kept1, matches, inliers, errors))
+            if self.T_0to1 is None:  # then the change from one pose to the next
+                reference = None if pose is None else make_pose(*pose[:2])
+        return stages
 
     def draw_iterations(self, max_stages: int | None = None) -> np.ndarray:
         """The strip of iterations (tools.visualize.draw_iterations), BGR; of max_stages, evenly chosen, at most."""
@@ -155,11 +140,10 @@ class ImageMatches:
 
     def write_iterations_gif(self, path) -> None:
         """The iterations as an animated GIF, atomically."""
-        frames = iteration_frames(*self._pictures(), self.stages(), self._error_name())
-        write_gif(path, frames, [GIF_SECONDS] * (len(frames) - 1) + [GIF_SECONDS_LAST])
+        write_gif(path, iteration_frames(*self._pictures(), self.stages(), self._error_name()))
 
     def _pictures(self) -> tuple:
-        return self.view0.picture, self.view1.picture, self.view0.picture_keypoints(), self.view1.picture_keypoints()
+        return self.view0.picture, self.view1.picture, self.view0.picture_keypoints, self.view1.picture_keypoints
 
     def _error_name(self) -> str:
         return "change" if self.T_0to1 is None else "error"
@@ -206,6 +190,8 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     """
     if matching_method is not None and not MATCHERS[matching_method].takes_weights:
         return matching_method, feature_type or "sift", None
+    if matching_method is not None and MATCHERS[matching_method].feature_types:  # those of others
+        return matching_method, feature_type or MATCHERS[matching_method].default_feature_type, weights
     if weights is not None:
         content = checkpoint.load_checkpoint(weights)
         described = checkpoint.describe_weights(content["model"])
@@ -249,13 +235,13 @@ class ImageMatcher:
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
         self.extractor = build_extractor(feature_type, device=device, **extractor)
-        self.resize, self.estimator, self.threshold = resize, estimator, threshold
-        self.one_shot, self.seed, self.device = one_shot, seed, device
+        self.resize, self.one_shot, self.device = resize, one_shot, device
+        self.pose_setting = PoseSetting(estimator, threshold, seed)
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
                          "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
                          "threshold": threshold, "one_shot": one_shot, "seed": seed}
 
-    def load(self, image, turns: int | None = None, name: str | None = None) -> View:
+    def load(self, image, turns: int | None = None, name: str | None = None) -> LoadedImage:
         """Read an image and extract its features.
 
         image: a path, or an array (H, W) or (H, W, 3) BGR uint8. turns: np.rot90 turns that make it upright; None: as
@@ -278,31 +264,28 @@ class ImageMatcher:
         image = _shrink(image, self.resize)
         matched_size = image.shape[1], image.shape[0]
         upright = np.ascontiguousarray(np.rot90(image, turns))
-        features = self.extractor(upright)
+        picture, features = _shrink(upright, VIEW_SIDE), self.extractor(upright)
+        on_picture = resize_keypoints(features.keypoints, *np.divide(picture.shape[1::-1], features.image_size))
         keypoints = turn_keypoints(features.keypoints, features.image_size, -turns)
         keypoints = resize_keypoints(keypoints, *np.divide(image_size, matched_size)).astype(np.float32)
-        return View(name, image_size, matched_size, turns, keypoints, features, _shrink(upright, VIEW_SIDE), focal)
+        return LoadedImage(name, image_size, matched_size, turns, keypoints, features, picture, on_picture, focal)
 
-    def match(self, view0: View, view1: View, K0=None, K1=None, T_0to1=None) -> ImageMatches:
-        """Match two views.
+    def match(self, view0: LoadedImage, view1: LoadedImage, K0=None, K1=None, T_0to1=None) -> ImageMatches:
+        """Match two images.
 
         K0, K1 (3, 3): of the images as stored; None: guessed from EXIF. T_0to1 (4, 4): the true pose, for pictures.
         """
-        K0, K_source0 = _camera(view0, K0)
-        K1, K_source1 = _camera(view1, K1)
-        has_cameras = K0 is not None and K1 is not None
-        matched_K0, matched_K1 = (view0.matched_K(K0), view1.matched_K(K1)) if has_cameras else (None, None)
-
+        (K0, K_source0), (K1, K_source1) = _camera(view0, K0), _camera(view1, K1)
         pair = EvalPair(0, (view0.name, view1.name), (view0.name, view1.name), view0.features, view1.features,
-                        matched_K0, matched_K1)
-        estimate = PoseEstimator(pair, PoseSetting(self.estimator, self.threshold, self.seed))
+                        view0.matched_K(K0), view1.matched_K(K1))
+        has_cameras = K0 is not None and K1 is not None
         method = Method(self.matcher, iterative=self.matcher.iterates and has_cameras and not self.one_shot)
-        (found,) = method.match(to_data(pair, self.device), [estimate])
+        (found,) = method.match(to_data(pair, self.device), [PoseEstimator(pair, self.pose_setting)])
         determined = True
         if found.pose is not None:
-            rows0, rows1 = found.matches[found.pose[2]].T
-            determined = translation_is_determined(view0.features.keypoints[rows0], view1.features.keypoints[rows1],
-                                                   matched_K0, matched_K1, found.pose[0], self.threshold)
+            inliers = pair.matched_keypoints(found.matches[found.pose[2]])
+            determined = translation_is_determined(*inliers, pair.K0, pair.K1, found.pose[0],
+                                                   self.pose_setting.threshold)
         R, t, inliers = _as_stored(found.pose, view0, view1) or (None, None, np.zeros(len(found.matches), bool))
         steps = [replace(step, pose=_as_stored(step.pose, view0, view1)) for step in found.steps]
         return ImageMatches(view0, view1, found.matches, found.scores, K0, K1, K_source0, K_source1, R, t, inliers,
@@ -323,17 +306,10 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def _camera(view: View, K) -> tuple[np.ndarray | None, str]:
-    """K of an image and where it comes from: as given, or guessed from EXIF, or None."""
-    if K is not None:
-        return check_K(K), "given"
-    if view.focal is not None:
-        return focal_K(view.focal, view.image_size), "EXIF"
-    return None, "unknown"
-
-
-def check_K(K) -> np.ndarray:
-    """K as float64 (3, 3); InputError if it is not a camera matrix."""
+def _camera(view: LoadedImage, K) -> tuple[np.ndarray | None, str]:
+    """K (3, 3) of an image and where it comes from: as given, or guessed from EXIF, or None."""
+    if K is None:
+        return (None, "unknown") if view.focal is None else (focal_K(view.focal, view.image_size), "EXIF")
     try:
         K = np.asarray(K, np.float64)
     except (TypeError, ValueError):
@@ -341,7 +317,7 @@ def check_K(K) -> np.ndarray:
     if K.shape != (3, 3) or not is_camera_matrix(K):
         raise InputError("K is not a camera matrix: expected (3, 3) with fx 0 cx, 0 fy cy, 0 0 1 and fx, fy > 0; shape "
                          f"{K.shape}")
-    return K
+    return K, "given"
 
 
 def focal_K(focal: float, image_size: tuple[int, int]) -> np.ndarray:
@@ -350,7 +326,7 @@ def focal_K(focal: float, image_size: tuple[int, int]) -> np.ndarray:
     return np.array([[focal, 0, (w - 1) / 2], [0, focal, (h - 1) / 2], [0, 0, 1.0]])
 
 
-def _as_stored(pose: tuple | None, view0: View, view1: View) -> tuple | None:
+def _as_stored(pose: tuple | None, view0: LoadedImage, view1: LoadedImage) -> tuple | None:
     """A pose R, t, ... of the upright views -> of the images as stored."""
     if pose is None:
         return None

@@ -79,9 +79,22 @@ def _pairs(matches0: torch.Tensor, scores0: torch.Tensor) -> tuple[np.ndarray, n
     return np.stack([matched, matches0[matched]], axis=1), scores0[matched]
 
 
-def is_read(t: int, n_layers: int) -> bool:
-    """Whether the loop reads matches at iteration t (0-based) of n_layers: 3, 5, 7, ... and the last."""
-    return t == n_layers - 1 or (t >= 3 and t % 2 == 1)
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop reads matches: after iteration `first` (0-based), then after each `every`-th, and after the last.
+
+    The default is the paper's: 3, 5, 7, ...
+    """
+
+    first: int = 3
+    every: int = 2
+
+    def reads(self, t: int, n_layers: int) -> bool:
+        """Whether matches are read after iteration t of n_layers."""
+        return t == n_layers - 1 or (t >= self.first and (t - self.first) % self.every == 0)
+
+
+PUBLISHED_SCHEDULE = Schedule()
 
 
 def same_pose(pose: tuple | None, other: tuple | None) -> bool:
@@ -94,7 +107,8 @@ def same_pose(pose: tuple | None, other: tuple | None) -> bool:
 
 @torch.no_grad()
 def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = False, threshold: float = 0.2,
-                      n_layers: int | None = None, published: bool = False) -> PairMatches:
+                      n_layers: int | None = None, published: bool = False,
+                      schedule: Schedule = PUBLISHED_SCHEDULE) -> PairMatches:
     """Match one pair and estimate its pose iteratively.
 
     network: in evaluation mode, has n_layers and `iterate(data, n_layers)`, whose states have `iteration`,
@@ -104,7 +118,8 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
     stopped (see `tools.pose.estimate_pose`). use_uncertainty: pool by a threshold in proportion to the share of
     inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
     if the pose never stayed the same. n_layers: iterations at most (None: all that the network has). published: as the
-    published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens keypoints.
+    published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens keypoints. schedule: when
+    to read matches.
     """
     n_layers = network.n_layers if n_layers is None else n_layers
     steps, last_pose = [], None
@@ -112,7 +127,7 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
         return PairMatches(np.zeros((0, 2), np.int64), np.zeros(0, np.float32), np.zeros(0, bool), None, 0, False)
 
     for state in network.iterate(data, n_layers):
-        if not is_read(state.iteration, n_layers):
+        if not schedule.reads(state.iteration, n_layers):
             continue
         matches0, _, scores0, _ = state.matches(0.0)
         all_matches, all_scores = _pairs(matches0[0], scores0[0])

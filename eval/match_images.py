@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
+from eval.image_matcher import ImageMatcher, ImageMatches, LoadedImage, describe_pose, focal_K
 from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
@@ -119,7 +119,7 @@ class Cameras:
     K1: np.ndarray | None = None
     focal: float | None = None
 
-    def of(self, pair: Pair, view0: View, view1: View) -> tuple:
+    def choose(self, pair: Pair, view0: LoadedImage, view1: LoadedImage) -> tuple:
         """K0 and K1 of a pair, those of its list before the command line's; None where nothing is given."""
         if pair.K0 is not None:
             return pair.K0, pair.K1
@@ -167,11 +167,11 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
     Each image is read once, and kept for as long as pairs of it are to come. Returns counts, and (name, reason) of the
     images that could not be read and of the pairs that could not be matched.
     """
-    def settings_of(pair):
+    def settings(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
 
     jobs = [(pair, save_path / name) for pair, name in zip(pairs, output_names(pairs)) if not is_complete(
-        save_path / name, settings_of(pair), [image_dir / pair.image0, image_dir / pair.image1])]
+        save_path / name, settings(pair), [image_dir / pair.image0, image_dir / pair.image1])]
     counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
     uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
     views, failed = {}, {}
@@ -185,8 +185,8 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
         view0, view1 = (views.get(key) for key in image_keys(pair))
         if view0 is not None and view1 is not None:
             try:
-                found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
-                write_pair(found, path, settings_of(pair), with_iterations)
+                found = matcher.match(view0, view1, *cameras.choose(pair, view0, view1), pair.T_0to1)
+                write_pair(found, path, settings(pair), with_iterations)
             except Exception as error:
                 failed[f"{pair.image0} {pair.image1}"] = reason(error)
             else:
@@ -302,7 +302,7 @@ def main(argv=None) -> int:
     if len(pairs) == 1:
         (pair,) = pairs
         view0, view1 = (matcher.load(image_dir / name, turns, name) for name, turns in image_keys(pair))
-        found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
+        found = matcher.match(view0, view1, *cameras.choose(pair, view0, view1), pair.T_0to1)
         print(describe(found))
         if args.draw_iterations and not found.steps:
             print("no iterations to draw: they take both K, and keypoints in both images", file=sys.stderr)

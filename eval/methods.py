@@ -22,20 +22,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from eval.iterative import PairMatches, match_iteratively, match_one_shot
+from eval.iterative import PUBLISHED_SCHEDULE, PairMatches, Schedule, match_iteratively, match_one_shot
 from eval.pair_sets import EvalPair
+from eval.peers import LIGHTGLUE_FEATURES, LightGlue, lightglue_file
 from tools.checkpoint import default_weights, load_checkpoint, load_matcher
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES
 from tools.pose import timed_estimate_pose
+from tools.pretrained import find_pretrained
 
 
 @dataclass
 class MatcherSettings:
     """What the matchers are built from. dataset: yfcc, scannet or None, names the default weights.
 
-    weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks;
-    n_layers: iterations of the network to run, None for all.
+    weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks,
+    None for their own; n_layers: iterations of the network to run, None for all.
     """
 
     feature_type: str = "sift"
@@ -43,7 +45,7 @@ class MatcherSettings:
     weights: str | None = None
     use_dual_softmax: bool = False
     ratio: float = 0.8
-    match_threshold: float = 0.2
+    match_threshold: float | None = None
     n_layers: int | None = None
     device: str = "cpu"
 
@@ -51,14 +53,17 @@ class MatcherSettings:
 class Matcher:
     """One way to match a pair, built from the settings.
 
-    name: in MATCHERS. feature_types: those that it takes, None for all. takes_weights: if so, `path` is their file, and
-    `scenes` those that they were trained on, None if the file does not say. iterates: if so, it can also match
-    iteratively: `network` is what `eval.iterative.match_iteratively` drives, of n_layers iterations, n_iterations of
-    which are run. threshold: of the score, above which matches are used for the pose.
+    name: in MATCHERS. feature_types: those that it takes, None for all; default_feature_type: where none is named.
+    takes_weights: if so, `path` is their file, and `scenes` those that they were trained on, None if the file does not
+    say. iterates: if so, it can also match iteratively: `network` is what `eval.iterative.match_iteratively` drives, of
+    n_layers iterations, n_iterations of which are run, by a `schedule`. threshold: of the score, above which matches
+    are used for the pose.
     """
 
     name: str
     feature_types: tuple[str, ...] | None = None
+    default_feature_type = "spp"
+    schedule: Schedule = PUBLISHED_SCHEDULE
     takes_weights = iterates = False
     threshold = 0.0
     path = scenes = network = n_layers = n_iterations = None
@@ -122,20 +127,25 @@ class Network(Matcher):
 
     kind: str
     takes_weights = iterates = True
+    threshold = 0.2
 
     def __init__(self, settings: MatcherSettings):
         super().__init__(settings)
-        self.path = settings.weights or default_weights(self.name, settings.feature_type, settings.dataset)
-        # threshold 0: all mutual matches come back, for the sweep
-        options = {"match_threshold": 0.0, **({"with_sinkhorn": False} if settings.use_dual_softmax else {})}
-        self.network = load_matcher(self.path, self.kind, FEATURE_TYPES[settings.feature_type].dim, settings.device,
-                                    **options)
+        self._load(settings)
         self.n_layers = self.network.n_layers
         if settings.n_layers is not None and not 1 <= settings.n_layers <= self.n_layers:
             raise InputError(f"--n_layers {settings.n_layers}: the network of {self.path} has {self.n_layers} "
                              "iterations")
         self.n_iterations = settings.n_layers or self.n_layers
-        self.threshold = settings.match_threshold
+        if settings.match_threshold is not None:
+            self.threshold = settings.match_threshold
+
+    def _load(self, settings: MatcherSettings) -> None:
+        self.path = settings.weights or default_weights(self.name, settings.feature_type, settings.dataset)
+        # threshold 0: all mutual matches come back, for the sweep
+        options = {"match_threshold": 0.0, **({"with_sinkhorn": False} if settings.use_dual_softmax else {})}
+        self.network = load_matcher(self.path, self.kind, FEATURE_TYPES[settings.feature_type].dim, settings.device,
+                                    **options)
         self.scenes = load_checkpoint(self.path).get("scenes")
 
     @torch.no_grad()
@@ -164,8 +174,46 @@ class EimpGeo(Eimp):
     name = "EIMP_geo"
 
 
+class LightGlueMatcher(Network):
+    """LightGlue of kornia: all layers one-shot, or in the loop."""
+
+    name, feature_types, default_feature_type = "LightGlue", tuple(LIGHTGLUE_FEATURES), "aliked"
+    threshold = 0.1
+    schedule = Schedule(first=2, every=1)
+
+    def _load(self, settings):
+        self.path = settings.weights or find_pretrained(lightglue_file(settings.feature_type))
+        self.network = LightGlue(settings.feature_type, self.path, settings.device)
+
+
+class AdaptiveLightGlue(LightGlueMatcher):
+    """LightGlue with its own exit and pruning of keypoints."""
+
+    name, iterates = "LightGlue_adaptive", False
+
+    def __init__(self, settings):
+        if settings.n_layers is not None:
+            raise InputError(f"--n_layers does not go with {self.name}, which chooses the number of layers itself")
+        super().__init__(settings)
+
+    def match(self, data):
+        out = self.network.match_adaptively(data)
+        return {"matches0": out["matches0"][0], "matching_scores0": out["matching_scores0"][0],
+                "n_iterations": int(out["stop"])}
+
+
 MATCHERS: dict[str, type[Matcher]] = {
-    kind.name: kind for kind in (NearestNeighbor, RatioTest, Imp, Eimp, ImpGeo, EimpGeo, Gm)}
+    kind.name: kind for kind in (NearestNeighbor, RatioTest, Imp, Eimp, ImpGeo, EimpGeo, Gm, LightGlueMatcher,
+                                 AdaptiveLightGlue)}
+
+
+def default_feature_type(names: list[str]) -> str:
+    """The features that matchers take where none are named; InputError if they do not agree."""
+    types = {MATCHERS[name].default_feature_type: name for name in names}
+    if len(types) > 1:
+        raise InputError("name --feature_type: " + ", ".join(f"{name} takes {feature_type}"
+                                                             for feature_type, name in types.items()) + " by default")
+    return types.popitem()[0]
 
 
 @dataclass(frozen=True)
@@ -199,9 +247,8 @@ class PoseEstimator:
         if pair.K0 is None or pair.K1 is None:
             return None
         start = time.perf_counter()
-        pose, seconds = self.compute(
-            pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-            setting.threshold, setting.estimator, setting.seed, scores)
+        pose, seconds = self.compute(*pair.matched_keypoints(matches), pair.K0, pair.K1, setting.threshold,
+                                     setting.estimator, setting.seed, scores)
         self.seconds += seconds
         self.elapsed += time.perf_counter() - start
         return pose
@@ -246,7 +293,8 @@ class Method:
             start = time.perf_counter()
             if once is None:
                 found = match_iteratively(self.matcher.network, data, estimate, self.use_uncertainty,
-                                          self.matcher.threshold, self.matcher.n_iterations, self.published)
+                                          self.matcher.threshold, self.matcher.n_iterations, self.published,
+                                          self.matcher.schedule)
             else:
                 found = replace(once, pose=estimate(once.matches))
             matching = seconds + time.perf_counter() - start - estimate.elapsed

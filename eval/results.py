@@ -6,8 +6,8 @@ import numpy as np
 from eval.iterative import PairMatches
 from eval.pair_sets import EvalPair
 from tools.correspondences import match_by_projection
-from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
-from tools.metrics import epipolar_error, pose_error
+from tools.geometry import opencv_to_colmap_K
+from tools.metrics import match_errors, pose_error
 
 PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
 STAGES = ("features", "matching", "pose")  # of the seconds
@@ -104,9 +104,7 @@ def epipolar_errors(pair: EvalPair, matches: np.ndarray) -> np.ndarray | None:
     """Epipolar errors (M,) of matches (M, 2) by the true pose, in camera coordinates; None if it is not known."""
     if pair.T_0to1 is None or pair.K0 is None:
         return None
-    x0 = to_camera_coordinates(pair.features0.keypoints[matches[:, 0]], pair.K0)
-    x1 = to_camera_coordinates(pair.features1.keypoints[matches[:, 1]], pair.K1)
-    return epipolar_error(x0, x1, essential_matrix(pair.T_0to1))
+    return match_errors(*pair.matched_keypoints(matches), pair.K0, pair.K1, pair.T_0to1)
 
 
 def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray, pose: tuple | None

@@ -1,5 +1,4 @@
 """Methods over the pairs of a set: poses in other processes if wished, and resumed after an interruption."""
-import contextlib
 import itertools
 import sys
 import threading
@@ -107,9 +106,9 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             skipped[position] = reason(error)
             return position, []
 
-    progress = tqdm(total=len(positions), desc="pairs", disable=None)
+    pool = WorkerPool(workers) if workers else None
     try:
-        with progress, pose_pool(workers) as pool:
+        with tqdm(total=len(positions), desc="pairs", disable=None) as progress:
             for position, rows in _in_order(match, map(read, positions), workers):
                 if journal is not None and rows and position not in finished:
                     journal.add(position, _to_json(rows))
@@ -124,6 +123,12 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             n_done = len(finished) + journal.n_added
             print(f"{n_done} pairs are done: the same command resumes from there", file=sys.stderr)
         raise
+    except BrokenProcessPool:
+        raise InputError("a process that estimates poses was killed (out of memory?): the same command resumes; give "
+                         "it fewer --workers") from None
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
     return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
 
 
@@ -145,19 +150,3 @@ def _in_order(function, items, workers: int):
             waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def pose_pool(workers: int):
-    """A pool of processes, or None for 0 of them; InputError if one of them was killed from outside."""
-    if not workers:
-        yield None
-        return
-    pool = WorkerPool(workers)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise InputError("a process that estimates poses was killed (out of memory?): the same command resumes; give "
-                         "it fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)

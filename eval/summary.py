@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 
-from eval.methods import PoseSetting
+from eval.methods import Method, PoseSetting
 from eval.results import STAGES, PairResult
 from eval.run import Results, pose_errors
 from tools.files import atomic_path, write_json
@@ -65,7 +65,8 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
                                               for row in rows if row.steps)
             numbers["by_iteration"] = summarize_iterations(rows, seed)
             if len(with_depth) > 1:
-                numbers["iterations_of_halves"] = _iterations_of_halves(with_depth)
+                easiest_first = [row.n_iterations for row in sorted(with_depth, key=lambda row: -row.n_true)]
+                numbers["iterations_of_halves"] = [float(np.mean(half)) for half in np.array_split(easiest_first, 2)]
 
         n_true = sum(row.n_true for row in with_depth)
         if n_true:
@@ -81,12 +82,6 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
                 "precision_at_baseline_recall": precision_at_recall(scores, correct, n_true, baseline_recall)}
         summary[method] = numbers
     return summary
-
-
-def _iterations_of_halves(rows: list[PairResult]) -> list[float]:
-    """Mean iterations of the half of the pairs with more true correspondences, and of the other."""
-    by_difficulty = [row.n_iterations for row in sorted(rows, key=lambda row: -row.n_true)]
-    return [float(np.mean(half)) for half in np.array_split(by_difficulty, 2)]
 
 
 def summarize_iterations(rows: list[PairResult], seed: int) -> list[dict]:
@@ -277,10 +272,11 @@ def plot_iterations_used(path, results: Results) -> None:
         axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
 
 
-def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[str], list[str]]]) -> None:
+def plot_time_auc(path, summary: dict[str, dict], methods: dict[str, Method]) -> None:
     """Write a PNG: AUC@10 (percent) over milliseconds per pair, of matching and pose.
 
-    summary: as from `summarize`; series: {network: (its one-shot methods, fewest iterations first, its loops)}.
+    summary: as from `summarize`; methods: those that can iterate are drawn, each network's one-shot ones (fewest
+    iterations first) as a curve, its loops as stars.
     """
     def draw(axes, methods, label, digits, **style):
         rows = [summary[method] for method in methods]
@@ -293,7 +289,10 @@ def plot_time_auc(path, summary: dict[str, dict], series: dict[str, tuple[list[s
                           textcoords="offset points", color=style["color"])
 
     with plot(path, legend_above=True) as (axes,):
-        for place, (network, (one_shot, loops)) in enumerate(series.items()):
+        networks = dict.fromkeys(method.matcher.name for method in methods.values() if method.matcher.iterates)
+        for place, network in enumerate(networks):
+            one_shot, loops = ([name for name, method in methods.items() if method.matcher.name == network
+                                and method.iterative is iterative] for iterative in (False, True))
             draw(axes, one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
             for loop in loops:
                 draw(axes, [loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from eval.iterative import is_read, match_iteratively, same_pose
+from eval.iterative import Schedule, match_iteratively, same_pose
 from eval.methods import Imp, Matcher, MatcherSettings, Method
 from nets import build_matcher
 from training.start import warm_start
@@ -73,10 +73,11 @@ ENOUGH = (30, 0)
 
 
 def test_iterations_at_which_matches_are_read():
-    assert [t for t in range(15) if is_read(t, 15)] == [3, 5, 7, 9, 11, 13, 14]
-    assert [t for t in range(6) if is_read(t, 6)] == [3, 5]
-    assert [t for t in range(5) if is_read(t, 5)] == [3, 4]
-    assert [t for t in range(3) if is_read(t, 3)] == [2]
+    assert [t for t in range(15) if Schedule().reads(t, 15)] == [3, 5, 7, 9, 11, 13, 14]
+    assert [t for t in range(6) if Schedule().reads(t, 6)] == [3, 5]
+    assert [t for t in range(5) if Schedule().reads(t, 5)] == [3, 4]
+    assert [t for t in range(3) if Schedule().reads(t, 3)] == [2]
+    assert [t for t in range(9) if Schedule(2, 1).reads(t, 9)] == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_two_poses_that_agree_stop_it_and_their_inliers_are_the_matches():

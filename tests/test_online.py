@@ -277,20 +277,6 @@ def test_a_damaged_photograph_is_replaced_and_told(photos):
     assert all("2.JPEG" in reason and source == str(photos) for source, reason in skipped)
 
 
-def test_the_image_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(online, "CACHED_BYTES", 250)
-    cache, read = online._ImageCache(), []
-
-    def make(path):
-        read.append(path)
-        return np.zeros(100, np.uint8)
-
-    for path in (1, 2, 1, 3, 1, 2):
-        cache.get(make, path)
-    assert read == [1, 2, 3, 2]
-    assert cache.bytes == 200
-
-
 @pytest.mark.parametrize("entry, message", [
     ({"path": "nowhere"}, "nowhere is not a folder"),
     ({"path": "."}, "3 are needed"),

@@ -110,14 +110,17 @@ def overlay(defaults: dict, values: dict, source: str) -> dict:
     return {**defaults, **_checked(defaults, values, source)}
 
 
-def _checked(defaults: dict, values: dict, source: str) -> dict:
-    config = {}
-    for key, value in values.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+def check_keys(keys, known, source: str) -> None:
+    """InputError that names the first of `keys` that is not known, and its nearest."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise InputError(f"{source}: unknown key {_shown.repr(key)}; did you mean {near[0]!r}?")
-        config[key] = _typed(key, value, defaults[key], source)
-    return config
+
+
+def _checked(defaults: dict, values: dict, source: str) -> dict:
+    check_keys(values, defaults, source)
+    return {key: _typed(key, value, defaults[key], source) for key, value in values.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict:

@@ -1,6 +1,8 @@
 """What is reported about poses and matches."""
 import numpy as np
 
+from tools.geometry import essential_matrix, to_camera_coordinates
+
 
 def angle_between(a: np.ndarray, b: np.ndarray) -> float:
     """Angle of two vectors (3,) in degrees, 0 to 180; 0 if one has no length."""
@@ -64,6 +66,12 @@ def epipolar_error(x0: np.ndarray, x1: np.ndarray, E: np.ndarray) -> np.ndarray:
     error = np.full(len(x0), np.inf)
     error[defined] = product[defined] * (1 / norm0[defined] + 1 / norm1[defined]) / 2
     return error
+
+
+def match_errors(keypoints0, keypoints1, K0, K1, T_0to1: np.ndarray) -> np.ndarray:
+    """`epipolar_error` (M,), in camera coordinates, of matched keypoints (M, 2) in pixels by the pose (4, 4)."""
+    return epipolar_error(to_camera_coordinates(keypoints0, K0), to_camera_coordinates(keypoints1, K1),
+                          essential_matrix(T_0to1))
 
 
 def precision_at_recall(scores, correct, n_true: int, recall: float) -> float | None:

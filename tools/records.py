@@ -4,6 +4,7 @@ They load with `np.load(path, allow_pickle=False)`, hold no pickles, and can be 
 touches only the rows it uses. A field that is unknown (a path, say) holds the empty string.
 """
 import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,9 +37,6 @@ def _name(value: np.ndarray) -> str:
     except InputError as error:
         return f"is refused: {error}"
     return ""
-
-
-MAX_LETTER = 0x10FFFF  # of Unicode
 
 
 class Field(NamedTuple):
@@ -85,8 +83,6 @@ def write_record(path, record: dict) -> None:
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise TypeError(f"field {name} of {path} holds objects")
-        if array.dtype.kind == "U" and array.dtype.itemsize == 0:  # a zero-width string field cannot be memory-mapped
-            arrays[name] = array.astype("U1")
     # aligned, so that numbers of a memory-mapped record can be read in place
     dtype = np.dtype([(name, array.dtype, array.shape) for name, array in arrays.items()], align=True)
     packed = np.zeros((), dtype)
@@ -146,7 +142,7 @@ def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -
     """What is wrong with the values of a field, or ""; new lengths are added."""
     dtype, shape = values.dtype, values.shape
     # NumPy takes any 32 bits for a letter, and Python crashes later
-    if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > MAX_LETTER:
+    if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > sys.maxunicode:
         return "is not text"
     if field is None:
         return ""

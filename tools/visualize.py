@@ -314,12 +314,11 @@ def write_strip(path, picture: np.ndarray) -> None:
         _with_palette(picture).save(temporary, optimize=True)
 
 
-def write_gif(path, frames: list[np.ndarray], seconds: list[float]) -> None:
-    """Write what `iteration_frames` returns as an animated GIF that repeats, atomically; seconds: of each frame."""
-    pictures = [_with_palette(frame) for frame in frames]
+def write_gif(path, frames: list[np.ndarray]) -> None:
+    """Write what `iteration_frames` returns as an animated GIF that repeats and rests on the last one, atomically."""
+    first, *others = map(_with_palette, frames)
     with atomic_path(path) as temporary:
-        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], loop=0,
-                         duration=[round(1000 * duration) for duration in seconds])
+        first.save(temporary, save_all=True, append_images=others, loop=0, duration=[*[1200] * len(others), 3000])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ not matter who makes it.
 """
 import functools
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 from training.data import Draws, Labels, Pair
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
 
-CACHED_BYTES = 256 << 20  # of decoded images and depth maps, in each process
 PHOTO_ASPECT = 4 / 3
 
 
@@ -49,29 +47,15 @@ class ViewSettings:
         """How many pairs the views make."""
         return (self.views // 2) ** 2
 
-    def read_image(self, path) -> np.ndarray:
-        """An image in colour or gray, as the features need it."""
-        return read_image(path, FEATURE_TYPES[self.feature_type].color)
+    @property
+    def color(self) -> bool:
+        """Whether the features need an image in colour."""
+        return FEATURE_TYPES[self.feature_type].color
 
 
-class _ImageCache:
-    """Decoded arrays by path, the ones used last, up to CACHED_BYTES."""
-
-    def __init__(self):
-        self.arrays, self.bytes = OrderedDict(), 0
-
-    def get(self, read, path) -> np.ndarray:
-        if path in self.arrays:
-            self.arrays.move_to_end(path)
-            return self.arrays[path]
-        array = self.arrays[path] = read(path)
-        self.bytes += array.nbytes
-        while self.bytes > CACHED_BYTES and len(self.arrays) > 1:
-            self.bytes -= self.arrays.popitem(last=False)[1].nbytes
-        return array
-
-
-_cache = _ImageCache()
+# what the views of a group share, and the photographs behind them
+_read_image = functools.lru_cache(maxsize=8)(read_image)
+_read_depth = functools.lru_cache(maxsize=4)(read_depth)
 
 
 @functools.lru_cache(maxsize=1)
@@ -99,30 +83,37 @@ def _view(source, group: int, attempt: int, index: int) -> dict:
     return source.view(group, attempt, index, np.random.default_rng([source.seed, group, attempt, index, 3]))
 
 
-def _make_pair(source, k: int, attempt: int) -> Pair:
-    """The pair of sample k of the run; InputError if an image or a depth map cannot be read."""
-    settings = source.settings
-    group, member = divmod(k, settings.pairs)
-    even, odd = divmod(member, settings.views // 2)
-    views = [_view(source, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
-    # true matches by projection, from keypoints, depth, K and pose
-    cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
-    matches, unmatched = settings.labels.of(*cameras)
-    paths = tuple(view["image_path"] for view in views)
-    pose = relative_pose(views[0]["pose"], views[1]["pose"]) if source.has_pose else None
-    return Pair(f"{source.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths, unmatched)
+class _ViewSource:
+    """What makes pairs of views of images."""
+
+    has_pose: bool
+
+    def __init__(self, folder, settings: ViewSettings, seed: int):
+        self.name, self.folder, self.settings, self.seed = str(folder), Path(folder), settings, seed
+        self.pairs_per_item = settings.pairs
+
+    def pair(self, k: int, attempt: int) -> Pair:
+        """The pair of sample k of the run; InputError if an image or a depth map cannot be read."""
+        group, member = divmod(k, self.settings.pairs)
+        even, odd = divmod(member, self.settings.views // 2)
+        views = [_view(self, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
+        # true matches by projection, from keypoints, depth, K and pose
+        cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
+        matches, unmatched = self.settings.labels.of(*cameras)
+        paths = tuple(view["image_path"] for view in views)
+        pose = relative_pose(views[0]["pose"], views[1]["pose"]) if self.has_pose else None
+        return Pair(f"{self.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths, unmatched)
 
 
-class PhotoSource:
+class PhotoSource(_ViewSource):
     """Views of each photograph under a folder, as a plane in front of others."""
 
     has_pose = False  # a plane does not determine one
 
     def __init__(self, folder, settings: ViewSettings, seed: int):
         """Raises InputError if there are fewer than three images under `folder`."""
-        self.name, self.scenes, self.settings, self.seed = str(folder), [], settings, seed
-        self.pairs_per_item = settings.pairs
-        self.folder = Path(folder)
+        super().__init__(folder, settings, seed)
+        self.scenes = []
         self.paths = sorted(str(path.relative_to(folder)) for path in self.folder.rglob("*")
                             if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
         if len(self.paths) < 3:
@@ -130,16 +121,12 @@ class PhotoSource:
                              "are others")
         self.draws = Draws({"": len(self.paths)}, len(self.paths), seed)
 
-    def pair(self, k: int, attempt: int) -> Pair:
-        """The pair of sample k of the run; InputError if a photograph cannot be read."""
-        return _make_pair(self, k, attempt)
-
     def view(self, group: int, attempt: int, index: int, rng: np.random.Generator) -> dict:
         """View `index` of the photograph of a group of pairs; its world is the photograph's plane."""
         number = self.draws.draw(group, attempt)[1]
         # never the same behind two views that make a pair: it would match, and must not
         behind = number + 1 + 2 * int(rng.integers((len(self.paths) - 1) // 2)) + index % 2
-        image, background = (_cache.get(self.settings.read_image, self.folder / self.paths[i % len(self.paths)])
+        image, background = (_read_image(self.folder / self.paths[i % len(self.paths)], self.settings.color)
                              for i in (number, behind))
         side, (h, w) = self.settings.side, image.shape[:2]
         view_size = (side, round(side / PHOTO_ASPECT))
@@ -154,7 +141,7 @@ class PhotoSource:
         return {**view, "K": K, "pose": pose, "depth": depth, "image_path": self.paths[number]}
 
 
-class SceneSource:
+class SceneSource(_ViewSource):
     """Pairs of images with depth and pose of scenes in MegaDepth's layout, each turned and zoomed."""
 
     has_pose = True
@@ -162,9 +149,7 @@ class SceneSource:
     def __init__(self, base_path, scene_list, pairs_per_scene: int, settings: ViewSettings, seed: int):
         """scene_list: ids; None: all. Raises InputError for scenes that are not there or cannot be read, and if no two
         images overlap."""
-        self.name, self.settings, self.seed = str(base_path), settings, seed
-        self.pairs_per_item = settings.pairs
-        self.base_path = Path(base_path)
+        super().__init__(base_path, settings, seed)
         self.infos = {}
         for scene, path in tqdm(list_scenes(base_path, scene_list).items(), "scenes", leave=False, disable=None):
             info = load_scene_info(path)
@@ -180,17 +165,13 @@ class SceneSource:
         self.scenes = list(self.infos)
         self.draws = Draws({scene: len(info["pairs"]) for scene, info in self.infos.items()}, pairs_per_scene, seed)
 
-    def pair(self, k: int, attempt: int) -> Pair:
-        """The pair of sample k of the run; InputError if an image or a depth map cannot be read."""
-        return _make_pair(self, k, attempt)
-
     def view(self, group: int, attempt: int, index: int, rng: np.random.Generator) -> dict:
         """View `index` of a group of pairs, alternately of the one image and of the other."""
         scene, number = self.draws.draw(group, attempt)
         info = self.infos[scene]
         i = info["pairs"][number][index % 2]
-        image = _cache.get(self.settings.read_image, self.base_path / info["image_paths"][i])
-        depth = _cache.get(read_depth, self.base_path / info["depth_paths"][i])
+        image = _read_image(self.folder / info["image_paths"][i], self.settings.color)
+        depth = _read_depth(self.folder / info["depth_paths"][i])
         if depth.shape != image.shape[:2]:
             raise InputError(f"depth map {info['depth_paths'][i]} is {depth.shape[1]}x{depth.shape[0]}, its image "
                              f"{image.shape[1]}x{image.shape[0]}")
