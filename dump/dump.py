@@ -36,9 +36,8 @@ from tqdm import tqdm
 from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
-from dump.shards import parse_shard, under_torchrun, wait_for_all
 from dump.verify import verify_eval
-from dump.workers import available_cores, stop_on_sigterm, worker_pool
+from dump.workers import available_cores, parse_shard, stop_on_sigterm, under_torchrun, wait_for_all, worker_pool
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at

@@ -28,9 +28,17 @@ from dump.command import add_device, add_report_and_verify, finish_report, peak_
 from dump.features import extract_missing, extractor
 from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
-from dump.shards import add_scene_shard, deal, each_scene, parse_shard, wait_for_all
 from dump.verify import verify_dump
-from dump.workers import available_cores, stop_on_sigterm, worker_pool
+from dump.workers import (
+    add_scene_shard,
+    available_cores,
+    deal,
+    each_scene,
+    parse_shard,
+    stop_on_sigterm,
+    wait_for_all,
+    worker_pool,
+)
 from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import check_folder, read_lines, write_json

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dump.shards import deal, under_torchrun
-from dump.workers import in_order
+from dump.workers import deal, under_torchrun
 from tools.cli import InputError, reason
 from tools.features import FEATURE_TYPES, build_extractor
+from tools.processes import in_order
 from tools.records import Field, read_record
 
 

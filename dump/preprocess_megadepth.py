@@ -29,8 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dump.command import writing
-from dump.shards import add_scene_shard, deal, each_scene, parse_shard, wait_for_all
-from dump.workers import available_cores, stop_on_sigterm
+from dump.workers import add_scene_shard, available_cores, deal, each_scene, parse_shard, stop_on_sigterm, wait_for_all
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image

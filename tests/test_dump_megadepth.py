@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
-from dump import features, shards, workers
+from dump import features, workers
 from dump.dump_megadepth import dump_megadepth, dump_scene, main
 from dump.keypoints import ImageTask, recipe_of
 from dump.matches import match_pairs
@@ -34,6 +34,7 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
+from tools.processes import in_order
 from tools.records import read_record, write_record
 from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
@@ -373,7 +374,7 @@ def test_torchrun_is_a_shard(pristine, tmp_path, monkeypatch):
     assert workers.available_cores() == 1
     assert dump(pristine, tmp_path) == 0
     assert list(load_dump(tmp_path)["scenes"]) == ["0001"] and len(waited) == 1
-    assert shards.parse_shard("3/5") == (3, 5)
+    assert workers.parse_shard("3/5") == (3, 5)
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "1/0", "a/b", ""])
@@ -551,10 +552,10 @@ def test_report(base, tmp_path, capsys):
 def test_look_ahead_is_bounded():
     tasks = iter(range(100))
     with ThreadPoolExecutor(4) as pool:
-        results = workers.in_order(pool, lambda task: task, tasks, ahead=6)
+        results = in_order(pool, lambda task: task, tasks, ahead=6)
         assert [next(results) for _ in range(10)] == list(range(10))
-        assert next(tasks) == 10 + 6
-        assert list(results) == [task for task in range(10, 100) if task != 16]
+        assert next(tasks) == 9 + 6  # the reader is at the tenth
+        assert list(results) == [task for task in range(10, 100) if task != 15]
 
 
 class BatchNetwork:
@@ -678,7 +679,7 @@ def test_workers_take_one_core_and_may_die():
     with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        list(workers.in_order(pool, os._exit, [1, 1], ahead=2))
+        list(in_order(pool, os._exit, [1, 1], ahead=2))
 
 
 # bad input
