@@ -123,7 +123,7 @@ def _build_list_set(args) -> ListPairSet:
         pairs = read_pair_list(args.pairs)
     settings = FEATURE_TYPES[args.feature_type].eval_settings
     settings = {**settings, **{key: value for key, value in vars(args).items() if key in settings}}
-    extractor = build_extractor(args.feature_type, device=args.device, **settings)
+    extractor = build_extractor(args.feature_type, args.feature_weights, device=args.device, **settings)
     return ListPairSet(pairs, args.image_dir, extractor, args.resize, args.depth_dir, camera)
 
 
@@ -213,6 +213,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--depth_dir", help="depth maps of the pair list's images: a/b.h5 or a/b.png for a/b.jpg")
     parser.add_argument("--weights", nargs="+", metavar="FILE",
                         help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
+    parser.add_argument("--feature_weights", metavar="FILE", help="pair list: of the network of the local features")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
     parser.add_argument("--match_threshold", type=number(0, 1),

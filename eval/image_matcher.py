@@ -27,7 +27,7 @@ from tools.geometry import (
 )
 from tools.metrics import match_errors, pose_error
 from tools.pose import translation_is_determined
-from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, write_gif
+from tools.visualize import VIEW_SIDE, Stage, draw_iterations, draw_matches, iteration_frames, shrink, write_gif
 
 VERSION = 1  # of the npz and of its content
 DOUBTFUL_INLIERS = 15  # of the demo's 100 pairs 13 had fewer; 12 of their poses were more than 5 degrees off
@@ -223,23 +223,25 @@ class ImageMatcher:
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
     tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
-    there is one), cpu, cuda or cuda:N.
+    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
-                 one_shot: bool = False, seed: int = 0, device: str = "auto"):
+                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None):
         device = str(choose_device(device))
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
-        self.extractor = build_extractor(feature_type, device=device, **extractor)
+        self.extractor = build_extractor(feature_type, feature_weights, device=device, **extractor)
         self.resize, self.one_shot, self.device = resize, one_shot, device
         self.pose_setting = PoseSetting(estimator, threshold, seed)
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
                          "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
                          "threshold": threshold, "one_shot": one_shot, "seed": seed}
+        if feature_weights is not None:
+            self.settings["feature_weights"] = str(feature_weights)
 
     def load(self, image, turns: int | None = None, name: str | None = None) -> LoadedImage:
         """Read an image and extract its features.
@@ -261,10 +263,10 @@ class ImageMatcher:
             image, exif, name = read_image(image, self.extractor.color), read_exif(image), name or str(image)
             turns, focal = exif.turns if turns is None else turns, exif.focal
         image_size = image.shape[1], image.shape[0]
-        image = _shrink(image, self.resize)
+        image = shrink(image, self.resize)
         matched_size = image.shape[1], image.shape[0]
         upright = np.ascontiguousarray(np.rot90(image, turns))
-        picture, features = _shrink(upright, VIEW_SIDE), self.extractor(upright)
+        picture, features = shrink(upright, VIEW_SIDE), self.extractor(upright)
         on_picture = resize_keypoints(features.keypoints, *np.divide(picture.shape[1::-1], features.image_size))
         keypoints = turn_keypoints(features.keypoints, features.image_size, -turns)
         keypoints = resize_keypoints(keypoints, *np.divide(image_size, matched_size)).astype(np.float32)
@@ -295,15 +297,6 @@ class ImageMatcher:
     def __call__(self, image0, image1, K0=None, K1=None) -> ImageMatches:
         """Match two images: paths or arrays, see `load` and `match`."""
         return self.match(self.load(image0), self.load(image1), K0, K1)
-
-
-def _shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """An image made small enough for its longer side to be `side`; as it is if it is no larger."""
-    scale = side / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _camera(view: LoadedImage, K) -> tuple[np.ndarray | None, str]:

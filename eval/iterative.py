@@ -113,7 +113,9 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
 
     network: in evaluation mode, has n_layers and `iterate(data, n_layers)`, whose states have `iteration`,
     `indices0/1` and `matches(threshold)`, see `nets.matchers.MatchingState`; where its `pools` is True also
-    n_min_tokens, and the states `remove(threshold, n_min_tokens)`. data: as it takes it, B = 1. estimate: matches
+    n_min_tokens, and the states `remove(threshold, n_min_tokens)`; where its `gives_up` is True, the states'
+    `is_confident()` says that more iterations will hardly find more, and the loop ends if they have found next to
+    nothing. data: as it takes it, B = 1. estimate: matches
     (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never
     stopped (see `tools.pose.estimate_pose`). use_uncertainty: pool by a threshold in proportion to the share of
     inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
@@ -137,6 +139,8 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
         steps.append(step)
         if len(step.matches) < MIN_MATCHES:
             last_pose = None
+            if getattr(network, "gives_up", False) and state.is_confident():
+                break
             continue
         step.pose = estimate(step.matches, step.scores)
         inlier_ratio = 0.0 if step.pose is None else float(np.mean(step.pose[2]))
@@ -153,5 +157,5 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
 
     final = all_scores > threshold
     matches = all_matches[final]
-    return PairMatches(matches, all_scores[final], np.ones(len(matches), bool), estimate(matches), n_layers, False,
-                       steps)
+    return PairMatches(matches, all_scores[final], np.ones(len(matches), bool), estimate(matches),
+                       state.iteration + 1, False, steps)

@@ -250,6 +250,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
+    parser.add_argument("--feature_weights", metavar="FILE", help="of the network of the local features")
     parser.add_argument("--one_shot", action="store_true",
                         help="all matches of the last iteration, no poses on the way")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
@@ -295,7 +296,7 @@ def main(argv=None) -> int:
               for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
     matcher = ImageMatcher(args.matching_method, args.feature_type, args.weights, args.resize, args.max_keypoints,
-                           args.estimator, args.threshold, args.one_shot, args.seed, args.device)
+                           args.estimator, args.threshold, args.one_shot, args.seed, args.device, args.feature_weights)
     used = matcher.settings
     print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
 

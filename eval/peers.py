@@ -37,6 +37,7 @@ class LightGlue(torch.nn.Module):
     """
 
     n_min_tokens = 0
+    gives_up = True
 
     def __init__(self, feature_type: str, weights=None, device="cpu", pools: bool = False):
         super().__init__()

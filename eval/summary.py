@@ -192,13 +192,13 @@ def format_sweep(sweep: dict) -> str:
         for estimator, by_threshold in sweep.items() for method in next(iter(by_threshold.values()))]))
 
 
-def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **more) -> None:
-    """Write results.json: format version, settings, versions, a table per estimator, the pairs left out, and more."""
+def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **notes) -> None:
+    """Write results.json: format version, settings, versions, a table per estimator, the pairs left out, and notes."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "opencv": cv2.__version__, "poselib": version("poselib")}
     tables = [{"estimator": setting.estimator, "threshold": setting.threshold, "methods": summary}
               for setting, summary in summaries.items()]
-    write_json(path, {"version": VERSION, "settings": settings, "versions": versions, "tables": tables, **more,
+    write_json(path, {"version": VERSION, "settings": settings, "versions": versions, "tables": tables, **notes,
                       "skipped": [{"pair": name, "reason": reason} for name, reason in skipped]})
 
 

@@ -3,9 +3,9 @@ import contextlib
 import pickle
 import random
 import shutil
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import h5py
@@ -41,8 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path()
 
 
-@dataclass
-class Kind:
+class Kind(NamedTuple):
     """make(): writes valid files to the working directory. use(): reads them; results go to out. files: {glob: form},
     the forms of mutations.FORMATS or None. share: of the inputs, for those that take long."""
 

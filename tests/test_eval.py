@@ -123,9 +123,9 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and {row["method"] for row in rows} == {"NN", "NN_ratio"}
     assert rows[0]["image1"] == NAMES[1] and float(rows[-1]["error"]) < 5
-    for of_pairs, name in ((np.mean, "mean"), (np.median, "median")):
+    for average, name in ((np.mean, "mean"), (np.median, "median")):
         errors = [float(row[f"epipolar_{name}"]) for row in rows if row["method"] == "NN_ratio"]
-        assert numbers["epipolar_error"][name] == pytest.approx(of_pairs(errors)) and 0 < of_pairs(errors) < 0.1
+        assert numbers["epipolar_error"][name] == pytest.approx(average(errors)) and 0 < average(errors) < 0.1
     for name in ("pairs_easy.png", "pairs_hard.png"):
         height, width = read_image(tmp_path / name).shape
         assert 640 < width < 760 and 2 * 240 < height < 2 * 400  # two methods below each other
@@ -257,9 +257,9 @@ def test_iterative_matching_stands_beside_one_shot(scene, weights, tmp_path, cap
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"IMP iterative", "EIMP iterative, uncertainty"}
     assert {row["iterations"] for row in rows} >= {"4", "6"} and {row["estimator"] for row in rows} == {"magsac"}
-    of_eimp = [row for row in rows if row["method"].startswith("EIMP")]
-    assert {int(row["kept0"]) for row in of_eimp if row["iterations"] == "4"} == {150}
-    assert max(int(row["kept0"]) for row in of_eimp if row["iterations"] == "6") < 150
+    eimp_rows = [row for row in rows if row["method"].startswith("EIMP")]
+    assert {int(row["kept0"]) for row in eimp_rows if row["iterations"] == "4"} == {150}
+    assert max(int(row["kept0"]) for row in eimp_rows if row["iterations"] == "6") < 150
     for name in ("iterations_used.png", "time_auc.png", "pose_recall.png"):
         assert min(read_image(tmp_path / name).shape) > 200
     assert 5 * 240 < read_image(tmp_path / "pairs_easy.png").shape[0] < 5 * 600  # without those of fewer iterations
@@ -677,10 +677,10 @@ def test_every_iteration_is_judged_by_its_own_pose(scene):
         np.mean(epipolar_errors(pair, matches) < PRECISION_THRESHOLD)) != second.precision
 
 
-def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None, **more):
+def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None, **others):
     seconds = {"features": 0.004, "matching": 0.002, "pose": 0.001}
     return PairResult(0, ("a", "b"), 100, 100, n_matches, n_matches, seconds, error, 0.0, 0.5, 0.25,
-                      np.array(scores, np.float32), np.array(correct, bool), n_true, n_used, n_correct, **more)
+                      np.array(scores, np.float32), np.array(correct, bool), n_true, n_used, n_correct, **others)
 
 
 def test_summary_compares_at_the_recall_of_the_first_method():

@@ -230,6 +230,11 @@ def test_neither_weights_nor_a_network(monkeypatch, feature_type):
         build_extractor(feature_type, device="cpu")
 
 
+def test_features_without_weights(tmp_path):
+    with pytest.raises(InputError, match="sift has no weights"):
+        build_extractor("sift", tmp_path / "any.pth")
+
+
 def test_without_kornia(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     monkeypatch.setitem(sys.modules, "kornia.feature", None)

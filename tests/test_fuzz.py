@@ -44,7 +44,6 @@ def test_what_a_failure_is(depth_map, monkeypatch):
 
 ODD = """
 import os, zlib
-from dataclasses import replace
 from pathlib import Path
 import fuzz
 
@@ -57,7 +56,7 @@ def use():
         pass
 
 fuzz.HANG = 2
-fuzz.KINDS["odd"] = replace(fuzz.KINDS["depth_maps"], use=use, files={"depth.png": None})
+fuzz.KINDS["odd"] = fuzz.KINDS["depth_maps"]._replace(use=use, files={"depth.png": None})
 table = fuzz.fuzz(["odd"], 7)
 print(table.inputs["odd"], sorted({cause for cause, _ in table.causes}))
 """

@@ -56,7 +56,7 @@ def pose(degrees, turn=0.0):
 
 
 class ScriptedEstimator:
-    """Returns the poses in turn, with the first share of the matches as inliers; None where the script says so."""
+    """Returns pose after pose, with the first share of the matches as inliers; None where the script says so."""
 
     def __init__(self, *poses, share=0.5):
         self.poses, self.share, self.calls, self.scores = list(poses), share, [], []

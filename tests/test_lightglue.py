@@ -133,6 +133,14 @@ def test_the_loop_drives_it(lightglue, pairs):
     np.testing.assert_array_equal(never.matches[:, 0], torch.nonzero(above)[:, 0])
 
 
+def test_the_loop_gives_up_where_nothing_matches(lightglue, pairs):
+    """Two images of different things: LightGlue is sure before the last layer, and says so."""
+    data = {name: pairs[int(name[-1])][name] for name in pairs[0]}
+    found = match_iteratively(lightglue, data, lambda matches, scores=None: None, threshold=0.1)
+    assert found.n_iterations < 9 and not found.stopped_early and len(found.matches) < 25
+    np.testing.assert_array_equal(found.matches, found.steps[-1].matches)
+
+
 @pytest.mark.parametrize("counts", [(0, 5), (1, 1), (1, 300), (2, 2)])
 def test_hardly_a_keypoint(lightglue, pairs, counts):
     data = {name: value[:, :counts[int(name[-1])]] if "size" not in name else value for name, value in pairs[0].items()}
@@ -184,7 +192,7 @@ def command(scene, save_path, *options):
 
 def test_evaluation(scene, tmp_path):
     assert eval_imp.main(command(scene, tmp_path, "--matching_method", "LightGlue", "LightGlue_adaptive",
-                                 "--use_iterative")) == 0
+                                 "--use_iterative", "--feature_weights", str(find_pretrained("aliked-n16.pth")))) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     methods = results["tables"][0]["methods"]
     assert list(methods) == ["LightGlue", "LightGlue iterative", "LightGlue_adaptive"]

@@ -459,9 +459,9 @@ def test_overview(scene, tmp_path, weights, capsys, monkeypatch):
 
 # which model
 
-def put(folder, name, dim=128, network="imp", **more):
+def put(folder, name, dim=128, network="imp", **entries):
     torch.manual_seed(0)
-    content = {"model": build_matcher(network, descriptor_dim=dim, n_layers=4).state_dict(), **more}
+    content = {"model": build_matcher(network, descriptor_dim=dim, n_layers=4).state_dict(), **entries}
     checkpoint.save_checkpoint(folder / name, content)
     return folder / name
 

@@ -296,7 +296,7 @@ def test_sources_that_cannot_be_used_are_named(tmp_path, monkeypatch, entry, mes
 
 @pytest.mark.parametrize("values, message", [
     ({"online_sources": ["photos"]}, "should be a mapping with a path"),
-    ({"online_sources": [{"path": "a", "wieght": 2}]}, "unknown key 'wieght' for a"),
+    ({"online_sources": [{"path": "a", "wieght": 2}]}, "a: unknown key 'wieght'; did you mean 'weight'"),
     ({"online_sources": [{"path": "a", "weight": 0}]}, "weight 0 of a should be"),
     ({"online_sources": [{"path": "a"}], "online": 0}, "online is off"),
     ({"online_views": 3}, "online_views 3: expected an even number"),

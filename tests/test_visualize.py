@@ -136,8 +136,8 @@ def test_a_strip_shows_what_each_stage_kept_and_matched():
     height = round(150 * scale)
     expected = {"first": [[KEPT] * 4, [KEPT] * 4],
                 "last": [[GREEN, KEPT, RED, DROPPED], [KEPT, GREEN, RED, DROPPED]]}
-    for x_offset, of_stage in ((0, expected["first"]), (left, expected["last"])):
-        for y_offset, keypoints, colors in zip((top, top + height + 6), KEYPOINTS, of_stage):
+    for x_offset, stage_colors in ((0, expected["first"]), (left, expected["last"])):
+        for y_offset, keypoints, colors in zip((top, top + height + 6), KEYPOINTS, stage_colors):
             for (x, y), color in zip((keypoints + 0.5) * scale - 0.5, colors):
                 assert near(picture[round(y) + y_offset, round(x) + x_offset], color), (x_offset, y_offset, color)
     # half way, the line of the inlier is green, and that of the other red

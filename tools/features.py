@@ -230,8 +230,15 @@ class Disk(NetworkExtractor):
 FEATURE_TYPES: dict[str, type[Extractor]] = {kind.name: kind for kind in (Sift, Spp, Aliked, Disk)}
 
 
-def build_extractor(feature_type: str, **settings) -> Extractor:
-    """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
+def build_extractor(feature_type: str, weights=None, **settings) -> Extractor:
+    """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N).
+
+    weights: a file for its network, None for the usual one; InputError if it has no network.
+    """
     if feature_type not in FEATURE_TYPES:
         raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(FEATURE_TYPES)}")
+    if weights is not None:
+        if not FEATURE_TYPES[feature_type].weights_file:
+            raise InputError(f"{feature_type} has no weights: leave out --feature_weights")
+        settings["weights"] = weights
     return FEATURE_TYPES[feature_type](**settings)

@@ -47,7 +47,7 @@ def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000) -> li
     errors = np.atleast_2d(np.asarray(errors, np.float64))
     n = errors.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n, (samples, n))
-    low, high = np.percentile(np.mean([_auc(of_run[drawn], thresholds) for of_run in errors], axis=0), [2.5, 97.5],
+    low, high = np.percentile(np.mean([_auc(run[drawn], thresholds) for run in errors], axis=0), [2.5, 97.5],
                               axis=1)
     return [(float(a), float(b)) for a, b in zip(low, high)]
 

@@ -108,15 +108,13 @@ def read_record(path, fields: dict[str, Field] | None = None, mmap: bool = False
         raise InputError(f"cannot read record {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever a damaged header makes of NumPy's reader
         raise InputError(f"{path} is not a whole record: {error}; delete it and run the dump again") from None
-    fields = dict.fromkeys(packed.dtype.names) if fields is None else fields
     plain, record = packed.view(np.ndarray), {}  # checks are faster on plain arrays
-    for name, field in fields.items():
+    for name, field in (dict.fromkeys(packed.dtype.names) if fields is None else fields).items():
         if name in packed.dtype.names:
-            values = plain[name]
-            problem = _problem(values, field, lengths)
+            problem = _problem(plain[name], field, lengths)
             if problem:
                 raise InputError(f"{path} is damaged: its {name} {problem}")
-            record[name] = values.item() if values.shape == () else packed[name]
+            record[name] = plain[name].item() if plain[name].shape == () else packed[name]
         elif not field.optional:
             raise InputError(f"{path} is damaged: it lacks {name}")
     return record
@@ -133,9 +131,7 @@ def _read_packed(path, mmap: bool) -> np.ndarray:
         # before memory is taken for what the header claims
         if os.fstat(file.fileno()).st_size < file.tell() + dtype.itemsize:
             raise ValueError("it ends too soon")
-        if mmap:
-            return np.memmap(file, dtype, "r", file.tell(), ())
-        return np.fromfile(file, dtype, 1).reshape(())
+        return np.memmap(file, dtype, "r", file.tell(), ()) if mmap else np.fromfile(file, dtype, 1).reshape(())
 
 
 def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -> str:
@@ -148,7 +144,7 @@ def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -
         return ""
     if dtype.kind not in field.kinds or not dtype.isnative or dtype.char == "g":
         return f"is of type {dtype}"
-    wanted = tuple(side if isinstance(side, int) else lengths.setdefault(side, n)
+    wanted = tuple(lengths.setdefault(side, n) if isinstance(side, str) else side
                    for side, n in zip(field.shape, shape)) + field.shape[len(shape):]
     if shape != wanted:
         return f"are {shape}, not {wanted}"

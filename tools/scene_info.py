@@ -47,22 +47,20 @@ def load_scene_info(path) -> dict:
     numbers, or has no image that can be used.
     """
     info = load_npz(path)
-    missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
-                                 "points3D_id_to_2D") if not isinstance(info, dict) or name not in info]
+    needed = ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix", "points3D_id_to_2D")
+    missing = [name for name in needed if not isinstance(info, dict) or name not in info]
     if missing:
         raise InputError(f"{path} is not a scene_info file: it lacks {', '.join(missing)}")
     n = len(np.atleast_1d(info["image_paths"]))
-    for name in MATRIX_FIELDS:
-        if name in info:
-            if np.shape(info[name]) != (n, n):
-                raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
-            info[name] = numbers(info[name], n, n, what=f"{path}: {name}")
-    for name in OBJECT_FIELDS:
-        if name in info:
-            values = info[name]
-            if not isinstance(values, (np.ndarray, list)) or np.ndim(values) == 0 or len(values) != n:
-                raise InputError(f"{path}: {name} is missing, or not for {n} images")
-            info[name] = np.fromiter(values, object, n)
+    matrices, objects = ([name for name in fields if name in info] for fields in (MATRIX_FIELDS, OBJECT_FIELDS))
+    for name in matrices:
+        if np.shape(info[name]) != (n, n):
+            raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
+        info[name] = numbers(info[name], n, n, what=f"{path}: {name}")
+    for name in objects:
+        if not isinstance(info[name], np.ndarray | list) or getattr(info[name], "ndim", 1) == 0 or len(info[name]) != n:
+            raise InputError(f"{path}: {name} is missing, or not for {n} images")
+        info[name] = np.fromiter(info[name], object, n)
     left_out = []
     for i in range(n):
         try:
@@ -76,7 +74,7 @@ def load_scene_info(path) -> dict:
                 raise InputError("its 3D points are no dict by number")
         except InputError as error:
             left_out.append([str(info["image_paths"][i]), str(error)])
-            for name in set(OBJECT_FIELDS) & set(info):
+            for name in objects:
                 info[name][i] = None
     if left_out and len(left_out) == n:
         raise InputError(f"{path} has no image that can be used; the first: {left_out[0][1]}")

@@ -55,7 +55,7 @@ def online_samples(config: dict) -> Samples:
             sources.append(PhotoSource(path, settings, seed))
     choice = Choice(config["max_keypoints"], config["min_inliers"], config["max_inliers"], config["random_inliers"],
                     config["min_keypoints"], MIN_MATCHES)
-    return Samples(sources, choice, seed, [entry.get("weight", 1) for entry in entries], settings.pairs)
+    return Samples(sources, choice, seed, [float(entry.get("weight", 1)) for entry in entries], settings.pairs)
 
 
 def training_samples(config: dict) -> Samples:
