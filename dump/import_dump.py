@@ -47,9 +47,9 @@ def _load_dict(path) -> _Fields:
 
 def _import_keypoints(old: dict, target, file_name: str, feature_type: str, dtype: str) -> None:
     """Write a keypoint dict of the original as a record of ours."""
-    keypoints = numbers(old["keypoints"], None, 2, what="keypoints")
+    keypoints = numbers(old["keypoints"], None, 2, name="keypoints")
     n = len(keypoints)
-    size = numbers(old["image_size"], None, what="image_size")
+    size = numbers(old["image_size"], None, name="image_size")
     if len(size) < 2 or not (np.abs(size) < 2 ** 31).all():
         raise InputError("its image_size is no height and width")
     K, pose = check_camera(old["intrinsics"], old["pose"])
@@ -62,7 +62,7 @@ def _import_keypoints(old: dict, target, file_name: str, feature_type: str, dtyp
     write_keypoints(target, dtype, {
         "image_path": image_path, "depth_path": check_name(old["depth_path"]), "image_size": size[1::-1],
         "intrinsics": K, "pose": pose, "keypoints": keypoints,
-        **{name: numbers(old[name], *shape, what=name) for name, shape in shapes.items()}})
+        **{name: numbers(old[name], *shape, name=name) for name, shape in shapes.items()}})
 
 
 def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
@@ -74,7 +74,7 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
-        side = numbers(old[f"matched_ids{v}"], None, what=f"matched_ids{v}")
+        side = numbers(old[f"matched_ids{v}"], None, name=f"matched_ids{v}")
         if len(side) and not (side.min() >= 0 and side.max() < n):
             raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))

@@ -1,6 +1,7 @@
 """Two images of one's own -> matches and relative pose, with a model that is loaded once."""
 import itertools
 import json
+import sys
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 from eval.iterative import IterationStep
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseEstimator, PoseSetting, to_data
 from eval.pair_sets import EvalPair
+from eval.peers import lightglue_is_installed
 from tools import checkpoint
 from tools.cli import InputError
 from tools.distributed import choose_device
@@ -185,8 +187,9 @@ def describe_pose(found: ImageMatches) -> str:
 def choose_model(matching_method: str | None, feature_type: str | None, weights) -> tuple[str, str, str | None]:
     """The method, the features and the weights that stand for what was left open (None): the best on hand.
 
-    IMP before EIMP; SuperPoint, where its weights and a matcher's for it are there, before SIFT. With weights of the
-    user's, they say which features they are for. InputError if there are none on hand.
+    Published weights first: IMP before EIMP; SuperPoint, where its weights and a matcher's for it are there, before
+    SIFT. Then LightGlue with ALIKED, if both are installed, and then our own weights. Weights of the user's say which
+    features they are for. InputError if there are none on hand.
     """
     if matching_method is not None and not MATCHERS[matching_method].takes_weights:
         return matching_method, feature_type or "sift", None
@@ -207,8 +210,16 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
                 if not kind.weights_file or checkpoint.find_weights(kind.weights_file).is_file()]
     features = features if feature_type is None else [feature_type]
     methods = ["IMP", "EIMP"] if matching_method is None else [matching_method]
+    pairs = list(itertools.product(features, methods))
+    if matching_method is None and feature_type is None:
+        published = [(feature, method) for feature, method in pairs
+                     if checkpoint.find_weights(f"{method.lower()}_{feature}.pth").is_file()]
+        if not published and lightglue_is_installed():
+            print("no published weights of IMP in weights/: taking LightGlue with ALIKED", file=sys.stderr)
+            return "LightGlue", "aliked", None
+        pairs = published or pairs
     reasons = []
-    for feature, method in itertools.product(features, methods):
+    for feature, method in pairs:
         try:
             return method, feature, str(checkpoint.default_weights(method, feature))
         except InputError as error:

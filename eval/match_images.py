@@ -15,6 +15,7 @@ For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.lo
 docs/formats.md lists its arrays.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -160,6 +161,19 @@ def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
         return False
 
 
+def model_used_before(save_path: Path) -> tuple | None:
+    """Method, features and weights of the results in a folder, so that it is resumed with them: None if there are
+    none, or they are of a method that has to be named."""
+    for path in sorted(save_path.glob("*.npz")):
+        with contextlib.suppress(Exception):  # torn, or not ours
+            with np.load(path) as content:
+                settings = json.loads(str(content["settings"]))
+            model = tuple(settings[name] for name in ("matching_method", "feature_type", "weights"))
+            if model[0] in ("IMP", "EIMP", "LightGlue"):
+                return model
+    return None
+
+
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
                 with_iterations: bool = False) -> tuple[Counter, list[tuple[str, str]]]:
     """Match pairs and write their files (`write_pair`); those that are complete are left as they are.
@@ -295,8 +309,11 @@ def main(argv=None) -> int:
     K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
               for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
-    matcher = ImageMatcher(args.matching_method, args.feature_type, args.weights, args.resize, args.max_keypoints,
-                           args.estimator, args.threshold, args.one_shot, args.seed, args.device, args.feature_weights)
+    model = args.matching_method, args.feature_type, args.weights
+    if not any(model):
+        model = model_used_before(save_path) or model
+    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold,
+                           args.one_shot, args.seed, args.device, args.feature_weights)
     used = matcher.settings
     print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
 

@@ -1,11 +1,12 @@
 """LightGlue (Lindenberger, Sarlin, Pollefeys, ICCV 2023), of kornia, one-shot and as a network that the loop drives."""
+import importlib.util
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tools.features import FEATURE_TYPES
-from tools.pretrained import import_kornia, load_pretrained
+from tools.pretrained import find_pretrained, import_kornia, load_pretrained
 
 # feature type -> kornia's name of it
 LIGHTGLUE_FEATURES = {"aliked": "aliked", "disk": "disk", "spp": "superpoint"}
@@ -15,6 +16,12 @@ DEPTH_CONFIDENCE, WIDTH_CONFIDENCE = 0.95, 0.99  # of its own exit and pruning, 
 def lightglue_file(feature_type: str) -> str:
     """Name of the file of LightGlue's weights for a feature type."""
     return f"{LIGHTGLUE_FEATURES[feature_type]}_lightglue.pth"
+
+
+def lightglue_is_installed() -> bool:
+    """Whether LightGlue and ALIKED can be had without a download."""
+    files = FEATURE_TYPES["aliked"].weights_file, lightglue_file("aliked")
+    return importlib.util.find_spec("kornia") is not None and all(map(find_pretrained, files))
 
 
 def _rename(state: dict) -> dict:
