@@ -10,10 +10,10 @@ from training.trainer import train
 
 
 def _train(job, config: dict) -> int:
-    how, skipped = train(config, job)
+    outcome, skipped = train(config, job)
     if not job.is_main:
         return 0
-    print(f"{how}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
+    print(f"{outcome}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
     return report_skipped(skipped, "pairs")
 
 

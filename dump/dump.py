@@ -36,9 +36,8 @@ from tqdm import tqdm
 from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
-from dump.shards import parse_shard, under_torchrun, wait_for_all
 from dump.verify import verify_eval
-from dump.workers import available_cores, stop_on_sigterm, worker_pool
+from dump.workers import available_cores, parse_shard, stop_on_sigterm, under_torchrun, wait_for_all, worker_pool
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at
@@ -70,24 +69,6 @@ PART_FIELDS = {"size": Field("i", (2,)), "kpt": Field("f", ("N", 3)), "desc": Fi
 BYTES_PER_PAIR = 8192  # about what a pair takes in the HDF5 file besides its images
 
 
-@dataclass(frozen=True)
-class ViewTask:
-    """One image to extract features from."""
-
-    raw_data_dir: str
-    view: View
-    record_path: Path
-    config: dict
-
-
-def _whole(value):
-    """A whole number that a YAML file has as 1600.0 or "1600"; anything else as it is."""
-    try:
-        return int(float(value)) if not isinstance(value, bool) and float(value) == int(float(value)) else value
-    except (TypeError, ValueError, OverflowError):
-        return value
-
-
 def load_config(path, arguments: list[str]) -> dict:
     """Defaults, overlaid by a YAML file and by `--key value` arguments; `--extractor.max_keypoints 500` reaches in.
 
@@ -104,11 +85,9 @@ def load_config(path, arguments: list[str]) -> dict:
             raise InputError(f"{source}: extractor should hold keys and values, not {nested!r}")
         nested |= {key.partition(".")[2]: values.pop(key) for key in list(values) if key.startswith("extractor.")}
         extractor_values.append((nested, f"{source}, extractor"))
-        for key in ("scenes", "resize"):
-            if values.get(key, []) is None:
-                values[key] = []
-            elif isinstance(values.get(key), (str, int, float)):
-                values[key] = [values[key]]
+        for key in {"scenes", "resize"} & set(values):
+            value = values[key]
+            values[key] = [] if value is None else [value] if isinstance(value, str | int | float) else value
         config = overlay(config, values, source)
     for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(FEATURE_TYPES))):
         if config[key] not in known:
@@ -119,11 +98,15 @@ def load_config(path, arguments: list[str]) -> dict:
             raise InputError(f"{key} is not set: give it in {path} or as --{key}")
     if not all(isinstance(scene, str) for scene in config["scenes"]):
         raise InputError(f"scenes {config['scenes']}: expected names; put quotes round a name of digits")
-    config["resize"] = [_whole(side) for side in config["resize"]]
-    if len(config["resize"]) > 2 or not all(type(side) is int and side > 0 for side in config["resize"]):
+    try:  # YAML writers write 1600.0 or "1600", too
+        sides = [float(side) for side in config["resize"]]
+        good = len(sides) <= 2 and all(0 < side == int(side) for side in sides)
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
         raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
-    if config["workers"] < 0:
-        raise InputError(f"workers must be at least 1, not {config['workers']}")
+    config["resize"] = [int(side) for side in sides]
+    config["workers"] = config["workers"] or available_cores()
     config["extractor"] = FEATURE_TYPES[config["feature_type"]].eval_settings
     for nested, source in extractor_values:
         config["extractor"] = overlay(config["extractor"], nested, source)
@@ -138,73 +121,73 @@ def resized(image_size: tuple[int, int], resize: list[int]) -> tuple[int, int]:
     return tuple(resize) or image_size
 
 
-def load_view(task: ViewTask):
-    """(image at the size of the config, (w, h) as stored, depth map or None, what is wrong with that or
-    None); InputError if the image is unreadable."""
-    check_name(task.record_path)
-    image = read_image(below(task.raw_data_dir, task.view.image_path),
-                       FEATURE_TYPES[task.config["feature_type"]].color)
-    h, w = image.shape[:2]
-    size = resized((w, h), task.config["resize"])
-    if size != (w, h):
-        # linear, also when shrinking: what the published results were made with
-        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    path = next((path for path in task.view.depth_paths if below(task.raw_data_dir, path).exists()), None)
-    if path is None:
-        return image, (w, h), None, None
-    try:
-        depth = read_depth(below(task.raw_data_dir, path))
-        if not depth.size or abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
-            raise InputError(f"depth map {path} is of another shape than its image")
-    except Exception as error:
-        return image, (w, h), None, reason(error)
-    return image, (w, h), depth, None
+@dataclass(frozen=True)
+class ViewTask:
+    """One image to extract features from, into a part."""
+
+    raw_data_dir: str
+    view: View
+    record_path: Path
+    config: dict
+
+    def image_size(self):
+        size = header_size(Path(self.raw_data_dir, self.view.image_path))
+        return size and resized(size, self.config["resize"])
+
+    def load(self) -> tuple:
+        """(image at the size of the config, (w, h) as stored, depth map or None, what is wrong with that or None);
+        InputError if the image is unreadable."""
+        check_name(self.record_path)
+        image = read_image(below(self.raw_data_dir, self.view.image_path),
+                           FEATURE_TYPES[self.config["feature_type"]].color)
+        h, w = image.shape[:2]
+        size = resized((w, h), self.config["resize"])
+        if size != (w, h):
+            # linear, also when shrinking: what the published results were made with
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        depth = depth_problem = None
+        paths = [path for path in self.view.depth_paths if below(self.raw_data_dir, path).exists()]
+        if paths:
+            try:
+                depth = read_depth(below(self.raw_data_dir, paths[0]))
+                if not depth.size or abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
+                    raise InputError(f"depth map {paths[0]} is of another shape than its image")
+            except Exception as error:
+                depth, depth_problem = None, reason(error)
+        return image, (w, h), depth, depth_problem
+
+    def finish(self, loaded: tuple, features: Features) -> bool:
+        image, (w, h), depth, depth_problem = loaded
+        # in double precision, so that keypoints of an image that was not resized stay what they are
+        keypoints = resize_keypoints(features.keypoints.astype(np.float64), w / image.shape[1], h / image.shape[0])
+        keypoints = keypoints.astype(np.float32)
+        part = {"size": np.array([w, h], np.int32), "kpt": np.c_[keypoints, features.scores].astype(np.float32),
+                "desc": features.descriptors.astype(np.float32), "depth_problem": depth_problem}
+        if depth is not None:
+            # a sensor's depth maps are often smaller than its images, of the same view
+            places = resize_keypoints(keypoints.astype(np.float64), depth.shape[1] / w, depth.shape[0] / h)
+            part["depth"] = depth_at(depth, places)
+        write_record(self.record_path, part)
+        return True
 
 
-def finish_view(task: ViewTask, loaded: tuple, features: Features) -> bool:
-    """Write the part of an image as load_view read it; True."""
-    image, (w, h), depth, depth_problem = loaded
-    # in double precision, so that keypoints of an image that was not resized stay what they are
-    found = features.keypoints.astype(np.float64)
-    keypoints = resize_keypoints(found, w / image.shape[1], h / image.shape[0]).astype(np.float32)
-    part = {
-        "size": np.array([w, h], np.int32),
-        "kpt": np.c_[keypoints, features.scores].astype(np.float32),
-        "desc": features.descriptors.astype(np.float32),
-        "depth_problem": depth_problem,
-    }
-    if depth is not None:
-        # a sensor's depth maps are often smaller than its images, of the same view
-        places = resize_keypoints(keypoints.astype(np.float64), depth.shape[1] / w, depth.shape[0] / h)
-        part["depth"] = depth_at(depth, places)
-    write_record(task.record_path, part)
-    return True
+def _part_path(parts, view: View) -> Path:
+    return below(parts, f"{view.image_path}.npy")
 
 
-def _extract(views, config, parts, recipe, workers, shard) -> tuple[dict, int, int]:
+def _extract(views, config, parts, recipe, shard) -> tuple[dict, int, int]:
     """Make the parts that are missing -> ({view that cannot be used: why}, numbers of images with a part, and made)."""
-    tasks, unusable = [], {view: view.problem for view in views if view.problem}
+    tasks, unusable, workers = [], {}, config["workers"]
     for view in views:
-        if view.problem:
-            continue
         try:
+            view.check_name()
             tasks.append(ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config))
         except InputError as error:
             unusable[view] = str(error)
-
-    def size(task):
-        stored = header_size(Path(task.raw_data_dir, task.view.image_path))
-        return stored and resized(stored, config["resize"])
-
     with worker_pool(workers) as pool:
-        outcomes, n_images, n_missing = extract_missing(tasks, recipe, PART_FIELDS, size, load_view, finish_view, pool,
-                                                        workers, shard)
+        outcomes, n_images, n_missing = extract_missing(tasks, recipe, PART_FIELDS, pool, workers, shard)
     bad = {task.view: outcomes[task.record_path] for task in tasks if outcomes.get(task.record_path, True) is not True}
     return unusable | bad, n_images - len(bad), n_missing
-
-
-def _part_path(parts, view) -> Path:
-    return below(parts, f"{view.image_path}.npy")
 
 
 def _write_pair(file, number, view1, view2, cameras):
@@ -290,7 +273,7 @@ def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict
     return counts, skipped
 
 
-def dump_eval(config: dict, workers: int = 1, device: str = "auto", shard=None) -> dict:
+def dump_eval(config: dict, device: str = "auto", shard=None) -> dict:
     """Make the HDF5 file of a configuration (see load_config), or, for shard (i, n), its part of the features.
 
     A finished file made with the same settings is kept. Returns {"images", "pairs_tried", "pairs", "rejected" (pairs,
@@ -325,7 +308,7 @@ def dump_eval(config: dict, workers: int = 1, device: str = "auto", shard=None) 
             for stray in parts.rglob(".*.tmp.npy"):
                 stray.unlink()
         started = time.perf_counter()
-        unusable, n_images, n_missing = _extract(views, config, parts, recipe, workers, shard)
+        unusable, n_images, n_missing = _extract(views, config, parts, recipe, shard)
         rates = {"images_per_second": n_missing / (time.perf_counter() - started) if n_missing else None,
                  "pairs_per_second": None}
         if shard:
@@ -353,14 +336,14 @@ def main(argv=None) -> int:
     config = load_config(args.config, others)
     if args.verify:
         return report_verified(*verify_eval(config["output"]), "pairs")
-    output, workers = Path(config["output"]), config["workers"] or available_cores()
+    output, workers = Path(config["output"]), config["workers"]
     stop_on_sigterm()
     started, shard = time.perf_counter(), parse_shard(args.shard)
     with writing(output):
-        report = dump_eval(config, workers, args.device, shard)
+        report = dump_eval(config, args.device, shard)
         wait_for_all("features")
         if under_torchrun() and shard[0] == 0:
-            report = dump_eval(config, workers, args.device)
+            report = dump_eval(config, args.device)
     seconds, n_bytes = time.perf_counter() - started, output.stat().st_size if report["pairs"] else 0
     report |= {"seconds": seconds, "peak_memory_mb": peak_memory_mb(workers),
                "megabytes_per_image": n_bytes / report["images"] / 1e6 if n_bytes else None}

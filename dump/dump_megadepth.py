@@ -2,61 +2,57 @@
 
     python3 -m dump.dump_megadepth --feature_type sift --base_path MEGADEPTH --save_path OUT [--workers 8] [--shard 0/4]
 
-Scene by scene: features of every image that has a candidate pair, then the correspondences of the pairs. It may be
-stopped at any moment, and resumes where it was with a result identical to the byte: a record appears whole or not at
-all, pairs are tried in a fixed order, so the last match record says where to resume; a scene is complete when
-OUT/scenes/<scene>.json is there. `tools/manifest.py` describes the folder and reads it.
+Scene by scene: features of every image that has a candidate pair (dump/keypoints.py), then the correspondences of the
+pairs (dump/matches.py). It may be stopped at any moment, and resumes with a result identical to the byte: a record
+appears whole or not at all, pairs are tried in a fixed order, and a scene is complete when OUT/scenes/<scene>.json is
+there. `tools/manifest.py` describes the folder and reads it.
 
-Shards, one a machine, get whole scenes, every N-th, so that no two write the same file; all N, at once or one after
-the other, end with the bytes of one run without them. Whoever writes a scene holds its lock: another run into the same
-OUT that comes to it is refused. The bytes of spp are those of one model of processor, or GPU: others round otherwise.
+Shards, one a machine, get whole scenes, every N-th; all N, at once or one after the other, end with the bytes of one
+run without them. Whoever writes a scene holds its lock. The bytes of networks' features are those of one model of
+processor, or GPU: others round otherwise.
 
-Memory does not grow with the number of images and pairs of a scene, but for: its scene_info while the pairs are chosen
-(0.4 KB for each observation of a 3D point, and three matrices), then 100 bytes a pair and 10 KB an image. What does not
-grow: per worker one image with its depth and 0.5 KB (sift) or 1 KB (spp) a pixel while extracting, 1 or 2 GB for
-1600x1200, and VIEWS_KEPT views (about 50 KB each) while matching. With a GPU, images (2 * workers and a batch) and the
-network are in the parent alone.
+Memory does not grow with the number of images and pairs of a scene, but for its scene_info while the pairs are chosen
+(0.4 KB for each observation of a 3D point, and three matrices), then 100 bytes a pair and 10 KB an image. Per worker:
+one image with its depth, and 1 or 2 GB of features at 1600x1200; VIEWS_KEPT views of about 50 KB while matching. With
+a GPU, images (2 * workers and a batch) and the network are in the parent alone.
 """
 import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import extract_missing, extractor
-from dump.keypoints import ImageTask, Recipe, finish_view, load_view, recipe_of
+from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
-from dump.shards import add_scene_shard, deal, each_scene, parse_shard, wait_for_all
 from dump.verify import verify_dump
-from dump.workers import available_cores, stop_on_sigterm, worker_pool
+from dump.workers import (
+    add_scene_shard,
+    available_cores,
+    deal,
+    each_scene,
+    parse_shard,
+    stop_on_sigterm,
+    wait_for_all,
+    worker_pool,
+)
 from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
-from tools.files import check_folder, header_size, read_lines, write_json
+from tools.files import check_folder, read_lines, write_json
 from tools.manifest import claim, keypoint_path, lock_path, match_path, read_scene, scene_path
 from tools.records import KEYPOINT_FIELDS
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
-
-
-@dataclass
-class Work:
-    """Images and pairs of this run, apart from those it found done, and the seconds they took: for its rates."""
-
-    images: int = 0
-    image_seconds: float = 0.0
-    pairs: int = 0
-    pair_seconds: float = 0.0
 
 
 def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: int = 1, shard=None) -> dict:
     """Dump the scenes (ids; all if None) of `base_path` into `save_path`; complete ones are only read.
 
     shard: (i, n) for every n-th of the scenes from the i-th on. Returns {"scenes": {scene: counts as from dump_scene},
-    "skipped": [(scene or image, reason)], "work": Work}. Raises InputError for bad input of the whole run, InUse if
-    another process writes one of the scenes.
+    "skipped": [(scene or image, reason)], "work": as in dump_scene}. Raises InputError for bad input of the whole run,
+    InUse if another process writes one of the scenes.
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
@@ -64,14 +60,16 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
     files = list_scenes(base_path, scenes)
     extractor(*recipe.extraction)  # bad settings must stop here, not in each scene
     claim(save_path, recipe.manifest())
-    results, skipped, work = {}, [], Work()
+    results, skipped, work = {}, [], Counter()
+
+    def process(scene):
+        if _is_complete(save_path, scene):
+            return read_scene(save_path, scene)
+        return dump_scene(scene, files[scene], base_path, save_path, recipe, pool, workers, work)
+
     with worker_pool(workers) as pool:
         for scene, counts, problem in each_scene(
-                deal(files, shard), lambda scene: lock_path(save_path, scene),
-                lambda scene: (f"another process writes scene {scene} of {save_path}: wait for it, or give each its "
-                               "own --shard"),
-                lambda scene: (read_scene(save_path, scene) if _is_complete(save_path, scene) else dump_scene(
-                    scene, files[scene], base_path, save_path, recipe, pool, workers, work))):
+                deal(files, shard), lambda scene: lock_path(save_path, scene), f"of {save_path}", process):
             if problem:
                 skipped.append((f"scene {scene}", problem))
             else:
@@ -85,19 +83,18 @@ def _is_complete(save_path, scene) -> bool:
     if not scene_path(save_path, scene).is_file():
         return False
     counts = read_scene(save_path, scene)
-    n_images = sum(1 for _ in (Path(save_path) / "keypoints" / scene).glob("[!.]*.npy"))
+    n_images = len(list((Path(save_path) / "keypoints" / scene).glob("[!.]*.npy")))
     return n_images >= counts["images"] and len(match_numbers(save_path, scene)) >= counts["pairs"]
 
 
 def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1,
-               work: Work | None = None) -> dict:
+               work: Counter | None = None) -> dict:
     """Dump one scene, resuming from what is there; return its counts, which are also OUT/scenes/<scene>.json.
 
-    info_path: its scene_info file. pool: from worker_pool(workers). work: is added to. Counts: pairs, images,
-    candidate_pairs, candidate_images, few_keypoints (images), rejected (pairs, by reason), skipped ([name, reason] of
-    images), bytes, keypoint_bytes. Raises InputError if the scene_info, or a record made before, cannot be used.
+    info_path: its scene_info file. pool: from worker_pool(workers). work: images and pairs of this run, not those
+    found done, and image_seconds and pair_seconds that they took, are added to it. docs/formats.md lists the counts.
+    Raises InputError if the scene_info, or a record made before, cannot be used.
     """
-    work = work or Work()
     info = load_scene_info(info_path)
     pairs = candidate_pairs(info)
     overlap, skipped = np.float64(info["overlap_matrix"][tuple(pairs.T)]), info.get("left_out", [])
@@ -110,23 +107,21 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     started = time.perf_counter()
-    outcomes, _, n_missing = extract_missing(
-        list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS,
-        lambda task: header_size(Path(task.base_path, task.image_path)), load_view, finish_view, pool, workers,
-        title=f"{scene} images")
-    work.images += n_missing
-    work.image_seconds += (seconds := time.perf_counter() - started)
+    outcomes, _, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
+                                             title=f"{scene} images")
+    matching_started = time.perf_counter()
+    seconds = matching_started - started
     print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)
 
-    started = time.perf_counter()
     outcomes = {i: outcomes[task.record_path] for i, task in tasks.items()}  # True, False or a reason
     kept = [i for i, outcome in outcomes.items() if outcome is True]
     good = np.isin(pairs, kept).all(axis=1)
     usable = pairs[good]
     n_valid, n_tried = write_matches(save_path, scene, usable, overlap[good], tasks, pool, workers)
-    work.pairs += n_tried
-    work.pair_seconds += (seconds := time.perf_counter() - started)
-    print(f", {n_tried} pairs in {seconds:.1f} s, {n_valid} valid")
+    pair_seconds = time.perf_counter() - matching_started
+    print(f", {n_tried} pairs in {pair_seconds:.1f} s, {n_valid} valid")
+    if work is not None:
+        work.update(images=n_missing, image_seconds=seconds, pairs=n_tried, pair_seconds=pair_seconds)
 
     # from here on all follows from the data and the files, so that an interrupted run ends with the same
     without_depth = [i for i in kept if read_view(tasks[i].record_path)[1] <= MIN_WITH_DEPTH]
@@ -153,39 +148,33 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     return counts
 
 
-def report_of(summary: dict, seconds: float, workers: int) -> dict:
-    """What became of the images and pairs of a dump_megadepth summary; rates are of this run, None if it did nothing.
+def make_report(summary: dict, seconds: float, workers: int) -> dict:
+    """Print, and return for --report, what became of the images and pairs of a dump_megadepth summary.
 
-    images, pairs: kept; pairs_tried: those with enough overlap; megabytes_per_image: of keypoint records;
-    peak_memory_mb: see dump.command.peak_memory_mb.
+    images, pairs: kept; pairs_tried: those with enough overlap; rates are of this run, None if it did nothing;
+    megabytes_per_image: of keypoint records; peak_memory_mb: see dump.command.peak_memory_mb.
     """
-    total, rejected, work = Counter(), Counter(), summary["work"]
-    for counts in summary["scenes"].values():
+    scenes, work, total, rejected = summary["scenes"], summary["work"], Counter(), Counter()
+    for counts in scenes.values():
         total.update({name: n for name, n in counts.items() if isinstance(n, int)})
         rejected.update(counts["rejected"])
-    return {
-        "images": total["images"], "pairs_tried": total["candidate_pairs"], "pairs": total["pairs"],
-        "rejected": dict(rejected), "skipped": summary["skipped"], "seconds": seconds,
-        "images_per_second": work.images / work.image_seconds if work.images else None,
-        "pairs_per_second": work.pairs / work.pair_seconds if work.pairs else None,
-        "megabytes_per_image": total["keypoint_bytes"] / total["images"] / 1e6 if total["images"] else None,
-        "peak_memory_mb": peak_memory_mb(workers),
-    }
-
-
-def print_counts(scenes: dict, report: dict) -> None:
-    """What report_of says, for people; scenes: scene -> its counts."""
-    n_bytes, tried, few = (sum(counts[name] for counts in scenes.values())
-                           for name in ("bytes", "candidate_images", "few_keypoints"))
-    print(f"{len(scenes)} scenes, {report['images']} of {tried} images, {report['pairs']} of {report['pairs_tried']} "
-          f"pairs, {n_bytes / 1e6:.1f} MB, {report['seconds']:.1f} s")
-    if few:
-        print(f"{few} images have fewer keypoints than --min_keypoints")
-    for reason, n in report["rejected"].items():
+    print(f"{len(scenes)} scenes, {total['images']} of {total['candidate_images']} images, {total['pairs']} of "
+          f"{total['candidate_pairs']} pairs, {total['bytes'] / 1e6:.1f} MB, {seconds:.1f} s")
+    if total["few_keypoints"]:
+        print(f"{total['few_keypoints']} images have fewer keypoints than --min_keypoints")
+    for reason, n in rejected.items():
         print(f"pairs rejected, {reason.replace('_', ' ')}: {n}")
     empty = [scene for scene, counts in scenes.items() if not counts["pairs"]]
     if empty:
         print(f"{len(empty)} scenes have no valid pair: {', '.join(empty)}")
+    return {
+        "images": total["images"], "pairs_tried": total["candidate_pairs"], "pairs": total["pairs"],
+        "rejected": dict(rejected), "skipped": summary["skipped"], "seconds": seconds,
+        "images_per_second": work["images"] / work["image_seconds"] if work["images"] else None,
+        "pairs_per_second": work["pairs"] / work["pair_seconds"] if work["pairs"] else None,
+        "megabytes_per_image": total["keypoint_bytes"] / total["images"] / 1e6 if total["images"] else None,
+        "peak_memory_mb": peak_memory_mb(workers),
+    }
 
 
 def main(argv=None) -> int:
@@ -225,11 +214,9 @@ def main(argv=None) -> int:
     started, shard = time.perf_counter(), parse_shard(args.shard)
     with writing(f"to {args.save_path}"):
         summary = dump_megadepth(args.base_path, args.save_path, recipe, scenes, args.workers, shard)
-    report = report_of(summary, time.perf_counter() - started, args.workers)
     if shard:
         print(f"shard {shard[0]}/{shard[1]}:")
-    print_counts(summary["scenes"], report)
-    finish_report(args.report, report)
+    finish_report(args.report, make_report(summary, time.perf_counter() - started, args.workers))
     status = report_skipped(summary["skipped"], "images or scenes")
     wait_for_all("the end")
     return status if summary["scenes"] or not summary["skipped"] else 2

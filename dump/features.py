@@ -1,6 +1,8 @@
 """Features of many images: on the CPU in worker processes, on a GPU in batches. What is done is not done again.
 
-A recipe here is (feature type, settings, device), the arguments of `extractor`.
+A recipe here is (feature type, settings, device), the arguments of `extractor`. A task is one image: it has a
+`record_path`, where its features go; `image_size()`, (w, h) or None where that is unknown; `load()`, (image, ...);
+`finish(loaded, Features)`, which writes the record and returns True, or something else if there is none.
 """
 import contextlib
 import functools
@@ -11,10 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dump.shards import deal, under_torchrun
-from dump.workers import in_order
+from dump.workers import deal, under_torchrun
 from tools.cli import InputError, reason
 from tools.features import FEATURE_TYPES, build_extractor
+from tools.processes import in_order
 from tools.records import Field, read_record
 
 
@@ -85,53 +87,49 @@ def _attempt(function, *arguments):
         return reason(error)
 
 
-def _extract_and_finish(load, finish, recipe, task):
-    loaded = load(task)
+def _extract_and_finish(recipe, task):
+    loaded = task.load()
     with _one_thread(recipe):
         features = extractor(*recipe)(loaded[0])
-    return finish(task, loaded, features)
+    return task.finish(loaded, features)
 
 
-def batches_of(tasks: list, recipe: tuple, size, shard: tuple[int, int] | None = None) -> list[list]:
-    """Tasks of one image each -> lists of those whose features are extracted together, of a shard or all.
+def batches_of(tasks: list, recipe: tuple, shard: tuple[int, int] | None = None) -> list[list]:
+    """Tasks -> lists of those whose features are extracted together, of a shard or all.
 
-    size: task -> (w, h) of its image, or None where that is unknown. On a GPU a batch has images of one size, and no
-    more than Spp.batch_pixels if it has several; elsewhere it is one image. A batch has the same images whatever is
-    done of them: this is why neither an interruption nor the number of shards changes a bit of the result.
+    On a GPU a batch has images of one size, and no more than `batch_pixels` if it has several; elsewhere it is one
+    image. A batch has the same images whatever is done of them: this is why neither an interruption nor the number of
+    shards changes a bit of the result.
     """
     pixels = extractor(*recipe).batch_pixels
     if not pixels:
         return deal(([task] for task in tasks), shard)
-    by_size = {}
+    by_size, batches = {}, []
     for task in tasks:
-        by_size.setdefault(size(task), []).append(task)
-    batches = []
-    for image_size, same in by_size.items():
-        w, h = image_size or (pixels, 1)
-        n = max(1, pixels // (w * h))
+        by_size.setdefault(task.image_size(), []).append(task)
+    for size, same in by_size.items():
+        n = max(1, pixels // (size[0] * size[1])) if size else 1
         batches += [same[k:k + n] for k in range(0, len(same), n)]
     return deal(batches, shard)
 
 
-def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, load, finish):
-    """Extract features: yield (task, what became of it) for each task that is not done.
+def each_image(batches: list[list], recipe: tuple, is_done, pool, workers: int):
+    """Extract features: yield (task, what became of it) for each task of the batches that is not done.
 
-    batches: as from batches_of. load: task -> (image, ...). finish: (task, loaded, Features) -> what
-    became of it. Where one of them raises an error, what became of it is the reason, a string.
-
-    On the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for
-    it; a batch that is done in part is extracted as a whole once more.
+    What became of it is what task.finish returns, or, where it or task.load raises an error, the reason, a string. On
+    the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for it; a
+    batch that is done in part is extracted as a whole once more.
     """
     network = extractor(*recipe)
     batches = [batch for batch in batches if not all(map(is_done, batch))]
     tasks = [task for batch in batches for task in batch]
     if not network.batch_pixels:
-        work = functools.partial(_attempt, _extract_and_finish, load, finish, recipe)
+        work = functools.partial(_attempt, _extract_and_finish, recipe)
         yield from zip(tasks, in_order(pool, work, tasks, ahead=2 * workers))
         return
     readers = ThreadPoolExecutor(workers)
     try:
-        images = in_order(readers, functools.partial(_attempt, load), tasks,
+        images = in_order(readers, lambda task: _attempt(task.load), tasks,
                           ahead=2 * workers + max(map(len, batches), default=0))
         for batch in batches:
             loaded = list(itertools.islice(images, len(batch)))
@@ -143,25 +141,25 @@ def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, 
             for task, content in zip(batch, loaded):
                 features = None if isinstance(content, str) else next(found)
                 if not is_done(task):
-                    yield task, content if features is None else _attempt(finish, task, content, features)
+                    yield task, content if features is None else _attempt(task.finish, content, features)
     finally:
         readers.shutdown(cancel_futures=True)
 
 
-def extract_missing(tasks: list, recipe: tuple, fields: dict[str, Field], size, load, finish, pool, workers: int,
-                    shard=None, title: str = "images") -> tuple[dict, int, int]:
-    """Extract the features of the tasks whose record (task.record_path) is not there.
+def extract_missing(tasks: list, recipe: tuple, fields: dict[str, Field], pool, workers: int, shard=None,
+                    title: str = "images") -> tuple[dict, int, int]:
+    """Extract the features of the tasks of a shard, or all, whose record is not there or not whole.
 
-    fields: of a record. size, shard: as for batches_of; load, finish, pool: for each_image. Returns {record_path: what
-    became of it, True if it was there}, the number of tasks of this shard, and of those that were not done.
+    fields: of a record. Returns {record_path: what became of it, True if it was there}, the number of tasks of this
+    shard, and of those that were not done.
     """
-    done = {task.record_path for task in tasks
-            if is_whole(task.record_path, fields, D=FEATURE_TYPES[recipe[0]].dim)}
-    outcomes = dict.fromkeys(done, True)
-    batches = batches_of(tasks, recipe, size, shard)
+    dim = FEATURE_TYPES[recipe[0]].dim
+    outcomes = {task.record_path: True for task in tasks if is_whole(task.record_path, fields, D=dim)}
+    done = set(outcomes)
+    batches = batches_of(tasks, recipe, shard)
     own = [task.record_path for batch in batches for task in batch]
     n_missing = sum(path not in done for path in own)
-    results = each_image(pool, workers, recipe, batches, lambda task: task.record_path in done, load, finish)
+    results = each_image(batches, recipe, lambda task: task.record_path in done, pool, workers)
     for task, outcome in tqdm(results, title, len(own), initial=len(own) - n_missing, leave=False, disable=None):
         outcomes[task.record_path] = outcome
     return outcomes, len(own), n_missing

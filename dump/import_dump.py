@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dump.keypoints import write_keypoints
 from dump.matches import MIN_MATCHES
-from dump.shards import each_scene
+from dump.workers import each_scene
 from tools.cli import InputError, reason, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import remove_strays, write_json
@@ -30,50 +30,51 @@ SETTINGS = {"made_by": "original", "max_keypoints": 4096, "min_keypoints": MIN_K
             "overlap": "unknown"}
 
 
-def _load_dict(path) -> dict:
+class _Fields(dict):
+    """A pickled dict of the original."""
+
+    def __missing__(self, name):
+        raise InputError(f"it lacks {name}")
+
+
+def _load_dict(path) -> _Fields:
     content = load_npy(path)
     content = content.item() if content.shape == () else None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no pickled dict, as the original's dumps do")
-    return content
-
-
-def _field(old: dict, name: str):
-    if name not in old:
-        raise InputError(f"it lacks {name}")
-    return old[name]
+    return _Fields(content)
 
 
 def _import_keypoints(old: dict, target, file_name: str, feature_type: str, dtype: str) -> None:
     """Write a keypoint dict of the original as a record of ours."""
-    keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
+    keypoints = numbers(old["keypoints"], None, 2, name="keypoints")
     n = len(keypoints)
-    size = numbers(_field(old, "image_size"), None, what="image_size")
+    size = numbers(old["image_size"], None, name="image_size")
     if len(size) < 2 or not (np.abs(size) < 2 ** 31).all():
         raise InputError("its image_size is no height and width")
-    K, pose = check_camera(_field(old, "intrinsics"), _field(old, "pose"))
-    image_path = check_name(_field(old, "image_path"))
+    K, pose = check_camera(old["intrinsics"], old["pose"])
+    image_path = check_name(old["image_path"])
     if f"{PurePosixPath(image_path).name}_{feature_type}.npy" != file_name:
         raise InputError(f"it is of the image {image_path}")
     if n < MIN_KEYPOINTS:
         raise InputError(f"{n} keypoints are fewer than {MIN_KEYPOINTS}")
     shapes = {"scores": (n,), "depth": (n,), "descriptors": (n, FEATURE_TYPES[feature_type].dim)}
     write_keypoints(target, dtype, {
-        "image_path": image_path, "depth_path": check_name(_field(old, "depth_path")), "image_size": size[1::-1],
+        "image_path": image_path, "depth_path": check_name(old["depth_path"]), "image_size": size[1::-1],
         "intrinsics": K, "pose": pose, "keypoints": keypoints,
-        **{name: numbers(_field(old, name), *shape, what=name) for name, shape in shapes.items()}})
+        **{name: numbers(old[name], *shape, name=name) for name, shape in shapes.items()}})
 
 
 def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
     """A pair of the original -> a match record of ours; n_keypoints: of each image by file name."""
-    paths = [check_name(_field(old, f"image_path{v}")) for v in "12"]
-    (K0, pose0), (K1, pose1) = (check_camera(_field(old, f"intrinsics{v}"), _field(old, f"pose{v}")) for v in "12")
+    paths = [check_name(old[f"image_path{v}"]) for v in "12"]
+    (K0, pose0), (K1, pose1) = (check_camera(old[f"intrinsics{v}"], old[f"pose{v}"]) for v in "12")
     sides = []
     for v, path in zip("12", paths):
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
-        side = numbers(_field(old, f"matched_ids{v}"), None, what=f"matched_ids{v}")
+        side = numbers(old[f"matched_ids{v}"], None, name=f"matched_ids{v}")
         if len(side) and not (side.min() >= 0 and side.max() < n):
             raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))
@@ -97,23 +98,23 @@ def _old_pairs(old, scene: str, feature_type: str) -> list[tuple[str, object]]:
     path = Path(old) / f"matches_{feature_type}" / f"{scene}.npy"
     if not path.is_file():
         raise InputError(f"no pairs in {folder} or {path}")
-    return [(f"{scene} pair {i}", lambda pair=pair: pair) for i, pair in enumerate(load_npy(path).ravel())]
+    return [(f"{scene} pair {i}", lambda pair=pair: _Fields(pair)) for i, pair in enumerate(load_npy(path).ravel())]
 
 
 def _check_count(old, scene: str, feature_type: str, n_pairs: int) -> None:
     """Say it if the original's count of a scene's pairs is another."""
     for path in (Path(old) / f"nmatches_{feature_type}" / f"{scene}_{feature_type}.npy",
                  Path(old) / f"mega_scene_nmatches_{feature_type}.npy"):
-        if path.is_file():
-            try:
-                said = load_npy(path)
-                said = said.item() if said.shape == () else None
-                said = said.get(scene, n_pairs) if isinstance(said, dict) else said
-                said = f"says {said} pairs" if not np.array_equal(said, n_pairs) else ""
-            except Exception as error:
-                said = reason(error)
-            if said:
-                print(f"note: scene {scene} has {n_pairs} pairs; {path.name}: {said}", file=sys.stderr)
+        if not path.is_file():
+            continue
+        try:
+            count = load_npy(path).item()
+            count = count.get(scene, n_pairs) if isinstance(count, dict) else count
+            problem = "" if np.array_equal(count, n_pairs) else f"says {count} pairs"
+        except Exception as error:
+            problem = reason(error)
+        if problem:
+            print(f"note: scene {scene} has {n_pairs} pairs; {path.name}: {problem}", file=sys.stderr)
 
 
 def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
@@ -121,8 +122,8 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
     pairs, skipped, n_keypoints, done = _old_pairs(old, scene, feature_type), [], {}, 0
     _check_count(old, scene, feature_type, len(pairs))
     files = sorted((Path(old) / f"keypoints_{feature_type}" / scene).glob(f"*_{feature_type}.npy"))
-    for kind in ("keypoints", "matches"):
-        remove_strays(Path(new) / kind / scene)
+    remove_strays(Path(new) / "keypoints" / scene)
+    remove_strays(Path(new) / "matches" / scene)
     for path in tqdm(files, f"{scene} images", leave=False, disable=None):
         image = path.name.removesuffix(f"_{feature_type}.npy")
         target = keypoint_path(new, scene, image, feature_type)
@@ -159,11 +160,14 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})
     scenes = sorted(folder.name for folder in (Path(old) / f"keypoints_{feature_type}").iterdir() if folder.is_dir())
+
+    def process(scene):
+        if scene_path(new, scene).is_file():
+            return read_scene(new, scene)
+        return import_scene(old, new, scene, feature_type, dtype)
+
     return {scene: counts or {"failed": problem} for scene, counts, problem in each_scene(
-        scenes, lambda scene: lock_path(new, scene),
-        lambda scene: f"another process writes scene {scene} of {new}: wait for it",
-        lambda scene: (read_scene(new, scene) if scene_path(new, scene).is_file()
-                       else import_scene(old, new, scene, feature_type, dtype)))}
+        scenes, lambda scene: lock_path(new, scene), f"of {new}", process, remedy="wait for it")}
 
 
 def main(argv=None) -> int:

@@ -8,7 +8,7 @@ from dump.features import check_name, weights_of
 from tools.cli import InputError
 from tools.correspondences import INLIER_TH, depth_at
 from tools.features import FEATURE_TYPES, Features
-from tools.files import below, read_depth, read_image
+from tools.files import below, header_size, read_depth, read_image
 from tools.manifest import FORMAT, VERSION
 from tools.records import KEYPOINT_FIELDS, write_record
 
@@ -56,27 +56,29 @@ class ImageTask:
     record_path: Path
     recipe: Recipe
 
+    def image_size(self):
+        return header_size(Path(self.base_path, self.image_path))
 
-def load_view(task: ImageTask):
-    """(image, depth (H, W) float32); InputError if they cannot be used."""
-    check_name(task.record_path)
-    image = read_image(below(task.base_path, task.image_path), FEATURE_TYPES[task.recipe.feature_type].color)
-    depth = read_depth(below(task.base_path, task.depth_path))
-    if depth.shape != image.shape[:2]:
-        raise InputError(f"depth map {task.depth_path} is {depth.shape[1]}x{depth.shape[0]}, "
-                         f"the image {image.shape[1]}x{image.shape[0]}")
-    return image, depth
+    def load(self) -> tuple:
+        """(image, depth (H, W) float32); InputError if they cannot be used."""
+        check_name(self.record_path)
+        image = read_image(below(self.base_path, self.image_path), FEATURE_TYPES[self.recipe.feature_type].color)
+        depth = read_depth(below(self.base_path, self.depth_path))
+        if depth.shape != image.shape[:2]:
+            raise InputError(f"depth map {self.depth_path} is {depth.shape[1]}x{depth.shape[0]}, "
+                             f"the image {image.shape[1]}x{image.shape[0]}")
+        return image, depth
 
-
-def finish_view(task: ImageTask, loaded: tuple, features: Features) -> bool:
-    """Write the keypoint record of (image, depth); False if there are too few keypoints."""
-    if len(features.keypoints) < task.recipe.min_keypoints:
-        return False
-    write_keypoints(task.record_path, task.recipe.descriptor_dtype, {
-        "image_path": task.image_path, "depth_path": task.depth_path, "image_size": features.image_size,
-        "intrinsics": task.intrinsics, "pose": task.pose, "keypoints": features.keypoints, "scores": features.scores,
-        "descriptors": features.descriptors, "depth": depth_at(loaded[1], features.keypoints)})
-    return True
+    def finish(self, loaded: tuple, features: Features) -> bool:
+        """Write the keypoint record of (image, depth); False if there are too few keypoints."""
+        if len(features.keypoints) < self.recipe.min_keypoints:
+            return False
+        write_keypoints(self.record_path, self.recipe.descriptor_dtype, {
+            "image_path": self.image_path, "depth_path": self.depth_path, "image_size": features.image_size,
+            "intrinsics": self.intrinsics, "pose": self.pose, "keypoints": features.keypoints,
+            "scores": features.scores, "descriptors": features.descriptors,
+            "depth": depth_at(loaded[1], features.keypoints)})
+        return True
 
 
 @np.errstate(over="ignore")  # what half precision cannot hold is not finite, which is refused

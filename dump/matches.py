@@ -5,10 +5,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dump.features import is_whole
-from dump.workers import in_order
 from tools.cli import InputError
 from tools.correspondences import match_by_projection
 from tools.manifest import match_path
+from tools.processes import in_order
 from tools.records import KEYPOINT_FIELDS, MATCH_FIELDS, read_record, write_record
 
 MIN_WITH_DEPTH = 20  # keypoints of an image of a pair: more than that

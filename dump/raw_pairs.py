@@ -19,7 +19,12 @@ class View:
     image_path: str
     calibration_path: str = ""  # yfcc
     depth_paths: tuple[str, ...] = ()  # where a depth map may be
-    problem: str = ""  # why the image cannot be used
+
+    def check_name(self) -> None:
+        """InputError if what a list calls the image cannot be one."""
+        if not self.depth_paths:
+            raise InputError(f"{self.image_path} is neither <scene>/img/<N>.jpg nor <scene>/sens/frame-<N>.color.jpg")
+        below(".", self.image_path)
 
 
 def list_pairs(config: dict) -> list[tuple[View, View]]:
@@ -38,9 +43,8 @@ def list_pairs(config: dict) -> list[tuple[View, View]]:
 def _scannet_view(name: str) -> View:
     name = packed_name(name)
     path = PurePosixPath(name)
-    if len(path.parts) < 3 or path.parent.name != "img":
-        return View(name, problem=f"{name} is neither <scene>/img/<N>.jpg nor <scene>/sens/frame-<N>.color.jpg")
-    return View(name, depth_paths=tuple(beside(name, "depth", suffix) for suffix in (".png", ".h5")))
+    is_packed = len(path.parts) >= 3 and path.parent.name == "img"
+    return View(name, depth_paths=tuple(beside(name, "depth", suffix) for suffix in (".png", ".h5") if is_packed))
 
 
 def _yfcc_pairs(raw_data_dir: Path, scene: str) -> list[tuple[View, View]]:

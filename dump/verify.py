@@ -75,42 +75,39 @@ def verify_dump(path, scenes=None) -> tuple[int, list]:
     return n_records, problems
 
 
-def _shape_problems(name, group, shapes: dict) -> list:
-    problems = []
-    for field, shape in shapes.items():
-        if field not in group or group[field].shape != shape:
-            problems.append((name, f"{field} is {group[field].shape if field in group else 'missing'}, not {shape}"))
-        elif not np.isfinite(group[field][()]).all():
-            problems.append((name, f"{field} has values that are not finite"))
-    return problems
-
-
 def verify_eval(path) -> tuple[int, list]:
     """Number of pairs of a finished HDF5 file of dump.dump, and what is wrong; InputError if it is not such a file."""
     geometry = {"K1": (3, 3), "K2": (3, 3), "R": (3, 3), "T": (3,), "e": (3, 3), "f": (3, 3)}
     groups = [*geometry, *(f"{name}{side}" for name in ("kpt", "desc", "size", "img_path") for side in (1, 2))]
+    problems, checked = [], set()
+
+    def check(name, group, shapes):
+        for field, shape in shapes.items():
+            found = group[field].shape if field in group else "missing"
+            if found != shape:
+                problems.append((name, f"{field} is {found}, not {shape}"))
+            elif not np.isfinite(group[field][()]).all():
+                problems.append((name, f"{field} has values that are not finite"))
+
     try:
         with h5py.File(path, "r") as file:
             n_pairs = json.loads(file["counts"].asstr()[()])["pairs"]
-            dim, names, problems = FEATURE_TYPES[file.attrs["feature_type"]].dim, set(), []
-            file["images"].visititems(lambda name, item: names.add(name.rpartition("/")[0])
-                                      if isinstance(item, h5py.Dataset) else None)
-            for name in tqdm(sorted(names), "images verified", disable=None):
-                image = file["images"][name]
-                n = len(image["kpt"]) if "kpt" in image else 0
-                shapes = {"kpt": (n, 3), "desc": (n, dim), "size": (2,)} | ({"depth": (n,)} if "depth" in image else {})
-                problems += _shape_problems(name, image, shapes)
-            numbers = [str(number) for number in range(n_pairs)]
-            wrong = [(group, f"{len(file.get(group, ()))} pairs, not 0 to {n_pairs - 1}") for group in groups
-                     if set(file.get(group, ())) != set(numbers)]
-            problems += wrong
-            for number in () if wrong else numbers:
+            dim, numbers = FEATURE_TYPES[file.attrs["feature_type"]].dim, [str(number) for number in range(n_pairs)]
+            problems += [(group, f"{len(file.get(group, ()))} pairs, not 0 to {n_pairs - 1}") for group in groups
+                         if set(file.get(group, ())) != set(numbers)]
+            for number in tqdm(() if problems else numbers, "pairs verified", disable=None):
                 pair = {group: file[group][number] for group in groups}
-                problems += _shape_problems(f"pair {number}", pair, geometry)
+                check(f"pair {number}", pair, geometry)
                 for side in (1, 2):
-                    image = file["images"].get(np.ravel(pair[f"img_path{side}"].asstr()[()])[0], {})
-                    problems += [(f"pair {number}", f"{name}{side} is not that of its image")
-                                 for name in ("kpt", "desc", "size") if image.get(name) != pair[f"{name}{side}"]]
+                    name = np.ravel(pair[f"img_path{side}"].asstr()[()])[0]
+                    image = file["images"].get(name, {})
+                    if name not in checked:
+                        n = len(image["kpt"]) if "kpt" in image else 0
+                        check(name, image, {"kpt": (n, 3), "desc": (n, dim), "size": (2,)}
+                              | ({"depth": (n,)} if "depth" in image else {}))
+                        checked.add(name)
+                    problems += [(f"pair {number}", f"{field}{side} is not that of its image")
+                                 for field in ("kpt", "desc", "size") if image.get(field) != pair[f"{field}{side}"]]
     except Exception as error:
         raise InputError(f"{path} is not a finished dump, or damaged ({describe_error(error)}): delete it and run again"
                          ) from None

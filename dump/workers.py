@@ -1,14 +1,73 @@
-"""Worker processes: results in order, bounded look-ahead, and an end that leaves nothing behind."""
+"""Work shared among processes, and among machines (--shard I/N, or torchrun's processes); the loop over scenes."""
 import contextlib
-import itertools
 import os
+import re
 import signal
-from collections import deque
+import time
 from concurrent.futures.process import BrokenProcessPool
 
-from dump.shards import under_torchrun
-from tools.cli import InputError
+from tools.cli import InputError, reason
+from tools.locks import InUse, locked
 from tools.processes import WorkerPool
+
+
+def add_scene_shard(parser) -> None:
+    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
+                                                       "machine; under torchrun each process takes its own")
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`I/N` -> (I, N), I = 0 .. N-1; without text this process's place under torchrun, or None for all of the work."""
+    if text is None:
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun() else None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: expected I/N, where I is a number from 0 to N-1")
+    return int(match[1]), int(match[2])
+
+
+def deal(items, shard: tuple[int, int] | None) -> list:
+    """The items of shard (i, n): every n-th from the i-th on; all without a shard."""
+    index, n = shard or (0, 1)
+    return list(items)[index::n]
+
+
+def each_scene(scenes, lock_path, place: str, process, busy: str = "another process writes",
+               remedy: str = "wait for it, or give each its own --shard"):
+    """Call process(scene) for each scene, locked: yield (scene, its result, None), or (scene, None, why it is skipped).
+
+    lock_path: scene -> its lock file. place, busy, remedy: for the message of InUse if another process holds it.
+    """
+    for scene in scenes:
+        result = problem = None
+        try:
+            with locked(lock_path(scene), f"{busy} scene {scene} {place}: {remedy}"):
+                result = process(scene)
+        except InUse:
+            raise
+        except Exception as error:
+            problem = reason(error)
+        yield scene, result, problem
+
+
+def wait_for_all(point: str) -> None:
+    """Under torchrun, return when all its processes have come to this point; elsewhere, at once.
+
+    They must end together: torchrun kills the others when one ends with status 1, because something was skipped.
+    """
+    if not under_torchrun():
+        return
+    from torch.distributed import rendezvous  # here, not above: it takes seconds to load
+
+    store, _, world_size = next(rendezvous("env://"))
+    store.add(point, 1)
+    while store.add(point, 0) < world_size:
+        time.sleep(0.5)
 
 
 def available_cores() -> int:
@@ -37,26 +96,6 @@ def worker_pool(workers: int):
                          "what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def in_order(pool, function, tasks, ahead: int):
-    """Yield function(task) for each task, in order, computed in `pool` at most `ahead` tasks ahead of the reader.
-
-    The bound is what keeps memory bounded: at most `ahead` tasks and results are alive. Without a pool it is map().
-    """
-    if pool is None:
-        yield from map(function, tasks)
-        return
-    tasks = iter(tasks)
-    waiting = deque(pool.submit(function, task) for task in itertools.islice(tasks, ahead))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, task) for task in itertools.islice(tasks, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def stop_on_sigterm() -> None:

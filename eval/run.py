@@ -1,9 +1,7 @@
 """Methods over the pairs of a set: poses in other processes if wished, and resumed after an interruption."""
-import itertools
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -18,7 +16,7 @@ from eval.results import PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
 from tools.metrics import pose_auc
 from tools.pose import timed_estimate_pose
-from tools.processes import WorkerPool
+from tools.processes import WorkerPool, in_order
 
 Results = dict[PoseSetting, dict[str, list[PairResult]]]
 
@@ -106,10 +104,11 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
             skipped[position] = reason(error)
             return position, []
 
-    pool = WorkerPool(workers) if workers else None
+    # one thread more than processes: one pair is matched here meanwhile
+    threads, pool = (ThreadPoolExecutor(workers + 1), WorkerPool(workers)) if workers else (None, None)
     try:
         with tqdm(total=len(positions), desc="pairs", disable=None) as progress:
-            for position, rows in _in_order(match, map(read, positions), workers):
+            for position, rows in in_order(threads, match, map(read, positions), ahead=2 * workers + 1):
                 if journal is not None and rows and position not in finished:
                     journal.add(position, _to_json(rows))
                 for setting, name, result in rows:
@@ -128,6 +127,7 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
                          "it fewer --workers") from None
     finally:
         if pool is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
     return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
 
@@ -135,18 +135,3 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
 def pose_errors(results: list[PairResult]) -> list[float]:
     """Pose errors of the pairs whose pose is known."""
     return [result.error for result in results if result.error is not None]
-
-
-def _in_order(function, items, workers: int):
-    """Yield function(item) in order; with workers, one more thread than them computes a bounded number ahead."""
-    if not workers:
-        yield from map(function, items)
-        return
-    threads = ThreadPoolExecutor(workers + 1)
-    waiting = deque(threads.submit(function, item) for item in itertools.islice(items, 2 * workers + 1))
-    try:
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
-from dump import features, shards, workers
+from dump import features, workers
 from dump.dump_megadepth import dump_megadepth, dump_scene, main
-from dump.keypoints import ImageTask, finish_view, recipe_of
+from dump.keypoints import ImageTask, recipe_of
 from dump.matches import match_pairs
 from dump.verify import verify_dump
 from tools.cli import InputError, run
@@ -34,6 +34,7 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
+from tools.processes import in_order
 from tools.records import read_record, write_record
 from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
@@ -373,7 +374,7 @@ def test_torchrun_is_a_shard(pristine, tmp_path, monkeypatch):
     assert workers.available_cores() == 1
     assert dump(pristine, tmp_path) == 0
     assert list(load_dump(tmp_path)["scenes"]) == ["0001"] and len(waited) == 1
-    assert shards.parse_shard("3/5") == (3, 5)
+    assert workers.parse_shard("3/5") == (3, 5)
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "1/0", "a/b", ""])
@@ -478,7 +479,7 @@ def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
     paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
              ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
     task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
-    assert finish_view(task, (None, np.ones((1200, 1600), np.float32)), features)
+    assert task.finish((None, np.ones((1200, 1600), np.float32)), features)
     assert task.record_path.stat().st_size <= 2.3e6
     record = read_record(task.record_path)
     np.testing.assert_allclose(record["descriptors"], features.descriptors, atol=5e-4)
@@ -551,10 +552,10 @@ def test_report(base, tmp_path, capsys):
 def test_look_ahead_is_bounded():
     tasks = iter(range(100))
     with ThreadPoolExecutor(4) as pool:
-        results = workers.in_order(pool, lambda task: task, tasks, ahead=6)
+        results = in_order(pool, lambda task: task, tasks, ahead=6)
         assert [next(results) for _ in range(10)] == list(range(10))
-        assert next(tasks) == 10 + 6
-        assert list(results) == [task for task in range(10, 100) if task != 16]
+        assert next(tasks) == 9 + 6  # the reader is at the tenth
+        assert list(results) == [task for task in range(10, 100) if task != 15]
 
 
 class BatchNetwork:
@@ -573,16 +574,30 @@ class BatchNetwork:
         return self.extract_batch([image])[0]
 
 
+class Task:
+    """Image i of its number; `size` in its header, `real` in truth."""
+
+    def __init__(self, i, size, real=None, bad=False):
+        self.i, self.size, self.real, self.bad = i, size, real or size, bad
+
+    def image_size(self):
+        return self.size
+
+    def load(self):
+        return "bad" if self.bad else (np.full(self.real[::-1], self.i), "loaded")
+
+    def finish(self, loaded, found):
+        return (*found, loaded[1])
+
+
 def in_batches(monkeypatch, sizes, done=(), bad=(), real_sizes=None, shard=None):
     """What becomes of images 0 .. n-1 of these sizes, and the batches that a network gets."""
     network, real_sizes = BatchNetwork(), real_sizes or sizes
     monkeypatch.setattr(features, "extractor", lambda *recipe: network)
-    batches = features.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
-    found = dict(features.each_image(
-        None, 2, ("spp",), batches, done.__contains__,
-        load=lambda i: "bad" if i in bad else (np.full(real_sizes[i][::-1], i), "loaded"),
-        finish=lambda i, loaded, features: (*features, loaded[1])))
-    return found, network.batches
+    tasks = [Task(i, size, real_sizes[i], i in bad) for i, size in enumerate(sizes)]
+    batches = features.batches_of(tasks, ("spp",), shard)
+    results = features.each_image(batches, ("spp",), lambda task: task.i in done, None, 2)
+    return {task.i: result for task, result in results}, network.batches
 
 
 def test_images_of_one_size_make_a_batch(monkeypatch):
@@ -623,17 +638,20 @@ def test_few_images_are_held_at_a_time(monkeypatch):
     class Image(np.ndarray):
         pass
 
-    def load(i):
-        nonlocal most
-        image = np.full((5, 5), i).view(Image)
-        held.add(i)
-        weakref.finalize(image, held.discard, i)
-        most = max(most, len(held))
-        return (image,)
+    class Held(Task):
+        def load(self):
+            nonlocal most
+            image = np.full((5, 5), self.i).view(Image)
+            held.add(self.i)
+            weakref.finalize(image, held.discard, self.i)
+            most = max(most, len(held))
+            return (image,)
+
+        def finish(self, loaded, found):
+            return True
     monkeypatch.setattr(features, "extractor", lambda *recipe: BatchNetwork())
-    batches = features.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
-    assert len(list(features.each_image(None, 2, ("spp",), batches, set().__contains__, load,
-                                       lambda i, loaded, features: None))) == 60
+    batches = features.batches_of([Held(i, (5, 5)) for i in range(60)], ("spp",))
+    assert len(list(features.each_image(batches, ("spp",), lambda task: False, None, 2))) == 60
     assert 4 < most <= 2 * 2 + 3 * 4  # what is read ahead, the batch, and the last one until it is replaced
 
 
@@ -661,7 +679,7 @@ def test_workers_take_one_core_and_may_die():
     with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        list(workers.in_order(pool, os._exit, [1, 1], ahead=2))
+        list(in_order(pool, os._exit, [1, 1], ahead=2))
 
 
 # bad input

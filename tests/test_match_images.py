@@ -13,13 +13,13 @@ import pytest
 import torch
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene
 from PIL import Image
+from PIL.ExifTags import IFD
 
 from eval import draw_overview, image_matcher, match_images
 from eval.image_matcher import ImageMatcher, choose_model, describe_pose
 from nets import build_matcher
 from tools import checkpoint
 from tools.cli import InputError, run
-from tools.exif import EXIF_IFD
 from tools.files import read_image, write_image
 from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
 from tools.metrics import epipolar_error, pose_error
@@ -202,7 +202,7 @@ def save_turned(path, image, turns, tags=None):
     """Write an image as a camera does that was held turned: np.rot90(stored, turns) is `image`."""
     exif = Image.Exif()
     exif[0x0112] = {0: 1, 1: 8, 2: 3, 3: 6}[turns]
-    exif.get_ifd(EXIF_IFD).update(tags or {})
+    exif.get_ifd(IFD.Exif).update(tags or {})
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.rot90(image, -turns)).save(path, exif=exif, quality=98)
 

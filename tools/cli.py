@@ -125,11 +125,11 @@ def _bounded(kind: type, name: str, least, most):
     return parse
 
 
-def report_skipped(skipped: list, what: str) -> int:
+def report_skipped(skipped: list, items: str) -> int:
     """List the items a long job left out, as (name, reason) pairs; return the exit status that says so."""
     if not skipped:
         return 0
-    print(f"{len(skipped)} {what} skipped:", file=sys.stderr)
+    print(f"{len(skipped)} {items} skipped:", file=sys.stderr)
     for name, reason in skipped:
         print("  " + " ".join(f"{name}: {reason}".split()), file=sys.stderr)
     return 1

@@ -79,15 +79,16 @@ def file_hash(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_file(path, what: str = "file") -> None:
+def check_file(path, name: str = "file") -> None:
     """InputError unless `path` is a regular file, or a link to one: a FIFO or device is never opened."""
     try:
-        kind = os.stat(path).st_mode
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{name} not found: {path}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{what} not found: {path}" if isinstance(error, FileNotFoundError | NotADirectoryError) else
-                         f"cannot read {what} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
-    if not stat.S_ISREG(kind):
-        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a device or pipe'}, not a {what}")
+        raise InputError(f"cannot read {name} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a {name}")
 
 
 def below(folder, name) -> Path:
@@ -299,7 +300,7 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    item, where = _plain_dataset(file, name, kind), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, kind)
     if shape is not None and (len(shape) != len(item.shape)
                               or any(n not in (None, there) for n, there in zip(shape, item.shape))):
         raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
@@ -316,7 +317,7 @@ def hdf5_text(file, name: str) -> str:
     One of any length is read without the library, which takes memory and walks as a damaged file tells it to: its
     element holds the length, the address of a heap and the number of an object in there.
     """
-    item, where = _plain_dataset(file, name, "SO"), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, "SO")
     if item.size != 1:
         raise InputError(f"{where} is not one string")
     if item.dtype.kind == "S":
@@ -342,7 +343,7 @@ def hdf5_text(file, name: str) -> str:
     raise InputError(f"{where} is damaged, or stored in a way that is not read here")
 
 
-def _plain_dataset(file, name: str, kind: str):
+def _plain_dataset(file, name: str, kind: str) -> tuple[h5py.Dataset, str]:
     item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
     if item is None:
         raise InputError(f"{where} is missing")
@@ -350,7 +351,7 @@ def _plain_dataset(file, name: str, kind: str):
         raise InputError(f"{where} is not a plain dataset")
     if item.dtype.kind not in kind:
         raise InputError(f"{where} is of type {item.dtype}")
-    return item
+    return item, where
 
 
 def hdf5_image(write) -> bytes:

@@ -213,7 +213,7 @@ def load_npz(path) -> dict:
                 for member in members}
 
 
-def numbers(value, *shape, what: str = "a value") -> np.ndarray:
+def numbers(value, *shape, name: str = "a value") -> np.ndarray:
     """A new float64 array from an array, or lists or tuples of numbers, of a file; InputError unless it has `shape`.
 
     None in `shape`: any length. Lists are checked level by level, as one that holds itself has no size.
@@ -228,5 +228,5 @@ def numbers(value, *shape, what: str = "a value") -> np.ndarray:
         return isinstance(part, float | np.floating | np.integer) or (isinstance(part, int) and abs(part) < 2 ** 63)
 
     if not check(value, shape):
-        raise InputError(f"{what} is not of {' x '.join('n' if side is None else str(side) for side in shape)} numbers")
+        raise InputError(f"{name} is not of {' x '.join('n' if side is None else str(side) for side in shape)} numbers")
     return np.array(value, np.float64)

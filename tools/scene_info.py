@@ -22,7 +22,7 @@ MIN_SHARED_POINTS = 20
 
 def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
-    K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
+    K, pose = numbers(K, 3, 3, name="intrinsics"), numbers(pose, 4, 4, name="pose")
     if not is_camera_matrix(K):
         raise InputError("the intrinsics are not a camera matrix")
     if not is_rigid(pose):
@@ -56,7 +56,7 @@ def load_scene_info(path) -> dict:
     for name in matrices:
         if np.shape(info[name]) != (n, n):
             raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
-        info[name] = numbers(info[name], n, n, what=f"{path}: {name}")
+        info[name] = numbers(info[name], n, n, name=f"{path}: {name}")
     for name in objects:
         if not isinstance(info[name], np.ndarray | list) or getattr(info[name], "ndim", 1) == 0 or len(info[name]) != n:
             raise InputError(f"{path}: {name} is missing, or not for {n} images")
@@ -153,7 +153,7 @@ def _read_pair_infos(path) -> list[Pair]:
         try:
             if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:
                 raise InputError("it holds what is no pair")
-            indices = numbers(entry[0], 2, what="a pair")
+            indices = numbers(entry[0], 2, name="a pair")
             if not ((indices >= 0) & (indices < n)).all():  # nor nan
                 raise InputError(f"images {indices[0]:g} and {indices[1]:g}, which the file does not have")
             i, j = indices.astype(int)

@@ -6,7 +6,6 @@ not matter who makes it.
 """
 import functools
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -26,56 +25,18 @@ from training.views import change_light, photo_camera, photo_depth, transform, t
 PHOTO_ASPECT = 4 / 3
 
 
-@dataclass(frozen=True)
-class ViewSettings:
-    """How views are made.
-
-    feature_type, extractor: see tools.features, the latter as (name, value) pairs; unique_locations: of keypoints
-    in the same place only the first is used; side: the longer side of a view, pixels; views: how many of a photograph
-    or pair of images, an even number; labels: in pixels of a view.
-    """
-
-    feature_type: str
-    extractor: tuple
-    unique_locations: bool = True
-    side: int = 640
-    views: int = 4
-    labels: Labels = field(default_factory=Labels)
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs the views make."""
-        return (self.views // 2) ** 2
-
-    @property
-    def color(self) -> bool:
-        """Whether the features need an image in colour."""
-        return FEATURE_TYPES[self.feature_type].color
-
-
 # what the views of a group share, and the photographs behind them
 _read_image = functools.lru_cache(maxsize=8)(read_image)
 _read_depth = functools.lru_cache(maxsize=4)(read_depth)
 
 
 @functools.lru_cache(maxsize=1)
-def _extractor(settings: ViewSettings):
+def _extractor(feature_type: str, max_keypoints: int, contrast_threshold: float):
     # built where it is used: it cannot be sent to another process
-    return build_extractor(settings.feature_type, device="cpu", **dict(settings.extractor))
-
-
-def _features(image: np.ndarray, settings: ViewSettings) -> dict:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in sample-making processes: another number may round otherwise
-    found = _extractor(settings)(image)
-    torch.set_num_threads(threads)
-    rows = np.arange(len(found.scores))
-    if settings.unique_locations:
-        # not by the extractor, which would describe twice as many keypoints as it returns
-        rows = np.sort(np.unique(found.keypoints, axis=0, return_index=True)[1])
-    # descriptors as in a dump
-    return {"keypoints": found.keypoints[rows], "scores": found.scores[rows],
-            "descriptors": found.descriptors[rows].astype(np.float16), "image_size": found.image_size}
+    settings = {**FEATURE_TYPES[feature_type].dump_settings, "max_keypoints": max_keypoints}
+    if "contrast_threshold" in settings:
+        settings["contrast_threshold"] = contrast_threshold
+    return build_extractor(feature_type, device="cpu", **settings)
 
 
 @functools.lru_cache(maxsize=16)
@@ -83,23 +44,48 @@ def _view(source, group: int, attempt: int, index: int) -> dict:
     return source.view(group, attempt, index, np.random.default_rng([source.seed, group, attempt, index, 3]))
 
 
+def pairs_of_views(config: dict) -> int:
+    """How many pairs the views of a photograph, or of a pair of images, make."""
+    return (config["online_views"] // 2) ** 2
+
+
 class _ViewSource:
-    """What makes pairs of views of images."""
+    """Makes pairs of views of images, as a configuration of training says."""
 
     has_pose: bool
 
-    def __init__(self, folder, settings: ViewSettings, seed: int):
-        self.name, self.folder, self.settings, self.seed = str(folder), Path(folder), settings, seed
-        self.pairs_per_item = settings.pairs
+    def __init__(self, folder, config: dict):
+        self.name, self.folder, self.config, self.seed = str(folder), Path(folder), config, config["seed"]
+        self.labels = Labels(config["inlier_th"], config["outlier_th"])
+        self.pairs_per_item = pairs_of_views(config)
+
+    def read_image(self, path) -> np.ndarray:
+        """An image in colour or gray, as the features need it."""
+        return _read_image(self.folder / path, FEATURE_TYPES[self.config["feature"]].color)
+
+    def features(self, image: np.ndarray) -> dict:
+        """What a view has of its features."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in sample-making processes: another number may round otherwise
+        names = ("feature", "extract_keypoints", "contrast_threshold")
+        found = _extractor(*(self.config[name] for name in names))(image)
+        torch.set_num_threads(threads)
+        rows = np.arange(len(found.scores))
+        if self.config["unique_locations"]:
+            # not by the extractor, which would describe twice as many keypoints as it returns
+            rows = np.sort(np.unique(found.keypoints, axis=0, return_index=True)[1])
+        # descriptors as in a dump
+        return {"keypoints": found.keypoints[rows], "scores": found.scores[rows],
+                "descriptors": found.descriptors[rows].astype(np.float16), "image_size": found.image_size}
 
     def pair(self, k: int, attempt: int) -> Pair:
         """The pair of sample k of the run; InputError if an image or a depth map cannot be read."""
-        group, member = divmod(k, self.settings.pairs)
-        even, odd = divmod(member, self.settings.views // 2)
+        group, member = divmod(k, self.pairs_per_item)
+        even, odd = divmod(member, self.config["online_views"] // 2)
         views = [_view(self, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
         # true matches by projection, from keypoints, depth, K and pose
         cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
-        matches, unmatched = self.settings.labels.of(*cameras)
+        matches, unmatched = self.labels.of(*cameras)
         paths = tuple(view["image_path"] for view in views)
         pose = relative_pose(views[0]["pose"], views[1]["pose"]) if self.has_pose else None
         return Pair(f"{self.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths, unmatched)
@@ -110,31 +96,30 @@ class PhotoSource(_ViewSource):
 
     has_pose = False  # a plane does not determine one
 
-    def __init__(self, folder, settings: ViewSettings, seed: int):
+    def __init__(self, folder, config: dict):
         """Raises InputError if there are fewer than three images under `folder`."""
-        super().__init__(folder, settings, seed)
+        super().__init__(folder, config)
         self.scenes = []
         self.paths = sorted(str(path.relative_to(folder)) for path in self.folder.rglob("*")
                             if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
         if len(self.paths) < 3:
             raise InputError(f"{folder} holds {len(self.paths)} images, at least 3 are needed: behind a photograph "
                              "are others")
-        self.draws = Draws({"": len(self.paths)}, len(self.paths), seed)
+        self.draws = Draws({"": len(self.paths)}, len(self.paths), self.seed)
 
     def view(self, group: int, attempt: int, index: int, rng: np.random.Generator) -> dict:
         """View `index` of the photograph of a group of pairs; its world is the photograph's plane."""
         number = self.draws.draw(group, attempt)[1]
         # never the same behind two views that make a pair: it would match, and must not
         behind = number + 1 + 2 * int(rng.integers((len(self.paths) - 1) // 2)) + index % 2
-        image, background = (_read_image(self.folder / self.paths[i % len(self.paths)], self.settings.color)
-                             for i in (number, behind))
-        side, (h, w) = self.settings.side, image.shape[:2]
+        image, background = (self.read_image(self.paths[i % len(self.paths)]) for i in (number, behind))
+        side, (h, w) = self.config["view_size"], image.shape[:2]
         view_size = (side, round(side / PHOTO_ASPECT))
         if h > w:
             view_size = view_size[::-1]
         background = cv2.resize(background, view_size, interpolation=cv2.INTER_AREA)
         K, pose, H = photo_camera((w, h), view_size, rng)
-        view = _features(change_light(warp(image, H, view_size, background), rng), self.settings)
+        view = self.features(change_light(warp(image, H, view_size, background), rng))
         in_photo = transform(view["keypoints"], np.linalg.inv(H))
         inside = ((in_photo >= 0) & (in_photo <= [w - 1, h - 1])).all(axis=1)
         depth = np.where(inside, photo_depth(view["keypoints"], K, pose), 0)
@@ -146,10 +131,10 @@ class SceneSource(_ViewSource):
 
     has_pose = True
 
-    def __init__(self, base_path, scene_list, pairs_per_scene: int, settings: ViewSettings, seed: int):
+    def __init__(self, base_path, scene_list, config: dict):
         """scene_list: ids; None: all. Raises InputError for scenes that are not there or cannot be read, and if no two
         images overlap."""
-        super().__init__(base_path, settings, seed)
+        super().__init__(base_path, config)
         self.infos = {}
         for scene, path in tqdm(list_scenes(base_path, scene_list).items(), "scenes", leave=False, disable=None):
             info = load_scene_info(path)
@@ -163,24 +148,25 @@ class SceneSource(_ViewSource):
         if not self.infos:
             raise InputError(f"{base_path}: no two images overlap as training pairs should")
         self.scenes = list(self.infos)
-        self.draws = Draws({scene: len(info["pairs"]) for scene, info in self.infos.items()}, pairs_per_scene, seed)
+        self.draws = Draws({scene: len(info["pairs"]) for scene, info in self.infos.items()}, config["pairs_per_scene"],
+                           self.seed)
 
     def view(self, group: int, attempt: int, index: int, rng: np.random.Generator) -> dict:
         """View `index` of a group of pairs, alternately of the one image and of the other."""
         scene, number = self.draws.draw(group, attempt)
         info = self.infos[scene]
         i = info["pairs"][number][index % 2]
-        image = _read_image(self.folder / info["image_paths"][i], self.settings.color)
+        image = self.read_image(info["image_paths"][i])
         depth = _read_depth(self.folder / info["depth_paths"][i])
         if depth.shape != image.shape[:2]:
             raise InputError(f"depth map {info['depth_paths'][i]} is {depth.shape[1]}x{depth.shape[0]}, its image "
                              f"{image.shape[1]}x{image.shape[0]}")
         h, w = image.shape[:2]
-        scale = self.settings.side / max(h, w)
+        scale = self.config["view_size"] / max(h, w)
         image_K = colmap_to_opencv_K(info["intrinsics"][i])
         view_size = (round(w * scale), round(h * scale))
         K, R, H = turned_camera(image_K, (w, h), view_size, rng)
-        view = _features(change_light(warp(image, H, view_size), rng), self.settings)
+        view = self.features(change_light(warp(image, H, view_size), rng))
         in_image = transform(view["keypoints"], np.linalg.inv(H))
         inside = ((in_image >= 0) & (in_image <= [w - 1, h - 1])).all(axis=1)
         for name in ("keypoints", "scores", "descriptors"):
