@@ -23,14 +23,21 @@ def _mean(values, function=np.mean) -> float | None:
     return float(function(known)) if known else None
 
 
-def _auc(errors: list[list[float]], seed: int) -> dict:
-    """Mean AUC of some runs over the same pairs at each threshold, and its 95% interval; {} without errors."""
+def _auc(errors: list[list[float]], seed: int, baseline=None) -> dict:
+    """Mean AUC of some runs over the same pairs at each threshold, and its 95% interval; {} without errors.
+
+    baseline: errors of another method on these pairs, for the interval of the gain over it.
+    """
     if not errors[0]:
         return {}
     names = list(map(str, AUC_THRESHOLDS))
     aucs = np.mean([pose_auc(run, AUC_THRESHOLDS) for run in errors], axis=0)
-    return {"auc": dict(zip(names, aucs.tolist())),
-            "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
+    numbers = {"auc": dict(zip(names, aucs.tolist())),
+               "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
+    if baseline is not None:
+        gains = bootstrap_interval(errors, AUC_THRESHOLDS, seed, baseline=baseline)
+        numbers["auc_gain_interval"] = dict(zip(names, gains))
+    return numbers
 
 
 def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dict[str, dict]:
@@ -40,14 +47,18 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
     [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled. epipolar_error, in
     camera coordinates: mean over pairs of the mean of a pair's matches, and median of the medians. Of the loop also
     what `summarize_iterations` gives (by_iteration), and with depth iterations_of_halves: mean iterations of the half
-    of the pairs with more true correspondences, the easier one, and of the other.
+    of the pairs with more true correspondences, the easier one, and of the other. auc_gain_interval: of the AUC less
+    the first method's, by a bootstrap over the same pairs.
     """
-    summary, baseline_recall = {}, None
+    summary, baseline, baseline_recall = {}, None, None
     for method, rows in results.items():
         errors = pose_errors(rows)
         with_depth = [row for row in rows if row.n_true is not None]
+        runs = [errors, *(pose_errors(other[method]) for other in others)]
+        same_pairs = np.shape(baseline) == np.shape(runs)
         numbers = {"pairs": len(rows), "pairs_with_pose": len(errors),
-                   **_auc([errors, *(pose_errors(other[method]) for other in others)], seed)}
+                   **_auc(runs, seed, baseline if same_pairs else None)}
+        baseline = runs if baseline is None else baseline
         if errors:
             numbers["pose_found"] = float(np.mean(np.isfinite(errors)))
         numbers["precision"] = _mean(row.precision for row in rows)
@@ -153,7 +164,13 @@ def format_table(summary: dict[str, dict]) -> str:
         if with_iterations:
             row |= {"iterations": _rounded(numbers["iterations"], 1), "kept": _rounded(numbers.get("keypoints_kept"))}
         table.append(row | {f"{stage} ms": _rounded(numbers["ms"][stage], 1) for stage in STAGES})
-    return "\n".join([*align(table), *notes])
+    first, *rest = summary
+    gains = []
+    for method in rest:
+        if "auc_gain_interval" in summary[method]:
+            low, high = (100 * bound for bound in summary[method]["auc_gain_interval"]["20"])
+            gains.append(f"AUC@20 of {method} less that of {first}: 95% in [{low:+.1f}, {high:+.1f}]")
+    return "\n".join([*align(table), *gains, *notes])
 
 
 def format_iterations(numbers: dict) -> str:

@@ -698,7 +698,10 @@ def test_summary_compares_at_the_recall_of_the_first_method():
     # 2 of 8 are found at score 0.8: two right, one wrong
     assert other["against_depth"]["precision_at_baseline_recall"] == pytest.approx(2 / 3)
     table = format_table(summary).splitlines()
-    assert "prec*@25.0" in table[0] and len(table) == 5 and "66.7" in table[2]
+    assert "prec*@25.0" in table[0] and len(table) == 6 and "66.7" in table[2]
+    low, high = other["auc_gain_interval"]["20"]
+    assert "auc_gain_interval" not in base and low <= other["auc"]["20"] - base["auc"]["20"] <= high
+    assert table[3] == f"AUC@20 of other less that of base: 95% in [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def test_iterations_are_summed_up_as_if_the_loop_ended_there():

@@ -39,16 +39,21 @@ def _auc(errors: np.ndarray, thresholds) -> np.ndarray:
     return np.array([area / threshold for area, threshold in zip(areas, thresholds)]) / max(errors.shape[1], 1)
 
 
-def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000) -> list[tuple[float, float]]:
+def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000, baseline=None) -> list[tuple[float, float]]:
     """95% intervals of `pose_auc` when the pairs are drawn anew with replacement: (low, high) for each threshold.
 
-    errors (N,), or (S, N) of S runs over the same pairs, whose mean AUC it is then.
+    errors (N,), or (S, N) of S runs over the same pairs, whose mean AUC it is then. baseline, alike: errors of another
+    method on the same pairs; the intervals are then those of the AUC less its AUC, on the same draws.
     """
     errors = np.atleast_2d(np.asarray(errors, np.float64))
     n = errors.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n, (samples, n))
-    low, high = np.percentile(np.mean([_auc(run[drawn], thresholds) for run in errors], axis=0), [2.5, 97.5],
-                              axis=1)
+
+    def auc(runs):
+        return np.mean([_auc(run[drawn], thresholds) for run in runs], axis=0)
+
+    aucs = auc(errors) if baseline is None else auc(errors) - auc(np.atleast_2d(np.asarray(baseline, np.float64)))
+    low, high = np.percentile(aucs, [2.5, 97.5], axis=1)
     return [(float(a), float(b)) for a, b in zip(low, high)]
 
 
