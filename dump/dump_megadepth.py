@@ -107,8 +107,8 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     started = time.perf_counter()
-    outcomes, _, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
-                                             title=f"{scene} images")
+    outcomes, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
+                                          title=f"{scene} images")
     matching_started = time.perf_counter()
     seconds = matching_started - started
     print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)
