@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
+from dump.command import add_common_options, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
 from dump.verify import verify_eval
@@ -318,10 +318,9 @@ def main(argv=None) -> int:
         epilog="Any key of the YAML file can be given as --KEY VALUE: "
                f"{', '.join(DEFAULTS)}; extractor settings as --extractor.max_keypoints 500.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/yfcc_eval_sift.yaml")
-    add_device(parser)
     parser.add_argument("--shard", metavar="I/N", help="just the features of each N-th image, I = 0 .. N-1; a run "
                                                        "without --shard joins them; torchrun's processes do all that")
-    add_report_and_verify(parser)
+    add_common_options(parser)
     args, others = parser.parse_known_args(argv)
     config = load_config(args.config, others)
     if args.verify:
