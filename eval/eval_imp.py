@@ -143,7 +143,7 @@ def build_methods(args) -> dict[str, Method]:
     for name in args.matching_method:
         method = Method(MATCHERS[name](MatcherSettings(
             args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
-            args.match_threshold, args.n_layers, args.device)))
+            args.match_threshold, args.n_layers, args.device, not args.no_pruning)))
         matcher = method.matcher
         if args.plot_time_auc and matcher.iterates:
             for n_iterations in range(3, matcher.n_iterations, 2):
@@ -206,6 +206,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="also match iteratively with each network, until the pose stays the same")
     parser.add_argument("--use_uncertainty", action="store_true",
                         help="in this loop, let EIMP keep more keypoints where few matches agree with the pose")
+    parser.add_argument("--no_pruning", action="store_true",
+                        help="in this loop, let LightGlue keep all keypoints")
     parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "
                         "configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")

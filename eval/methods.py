@@ -37,7 +37,7 @@ class MatcherSettings:
     """What the matchers are built from. dataset: yfcc, scannet or None, names the default weights.
 
     weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks,
-    None for their own; n_layers: iterations of the network to run, None for all.
+    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop.
     """
 
     feature_type: str = "sift"
@@ -48,6 +48,7 @@ class MatcherSettings:
     match_threshold: float | None = None
     n_layers: int | None = None
     device: str = "cpu"
+    prune: bool = True
 
 
 class Matcher:
@@ -183,7 +184,7 @@ class LightGlueMatcher(Network):
 
     def _load(self, settings):
         self.path = settings.weights or find_pretrained(lightglue_file(settings.feature_type))
-        self.network = LightGlue(settings.feature_type, self.path, settings.device)
+        self.network = LightGlue(settings.feature_type, self.path, settings.device, settings.prune)
 
 
 class AdaptiveLightGlue(LightGlueMatcher):

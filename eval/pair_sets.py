@@ -250,7 +250,6 @@ class ListPairSet:
         return features, depth_at(depth, stored), size
 
 
-
 def read_scannet_pairs(path) -> list[Pair]:
     """Pairs of a list by the names that they have in SGMNet's packaging (tools.scannet); cameras are not read."""
     return [Pair(packed_name(pair.image0), packed_name(pair.image1), pair.rot0, pair.rot1)

@@ -40,13 +40,14 @@ def _rename(state: dict) -> dict:
 class LightGlue(torch.nn.Module):
     """LightGlue with published weights, in evaluation mode.
 
-    weights: a file, or None (`tools.pretrained`). pools: in the loop, prune keypoints as LightGlue does.
+    weights: a file, or None (`tools.pretrained`). prunes: whether `iterate` prunes keypoints after each layer, as
+    LightGlue does.
     """
 
-    n_min_tokens = 0
+    pools = False  # by the rule of EIMP
     gives_up = True
 
-    def __init__(self, feature_type: str, weights=None, device="cpu", pools: bool = False):
+    def __init__(self, feature_type: str, weights=None, device="cpu", prunes: bool = True):
         super().__init__()
         kornia, name = import_kornia(), LIGHTGLUE_FEATURES[feature_type]
         options = {"depth_confidence": DEPTH_CONFIDENCE, "width_confidence": WIDTH_CONFIDENCE, "filter_threshold": 0.0}
@@ -54,19 +55,23 @@ class LightGlue(torch.nn.Module):
             lightglue_file(feature_type), weights, device,
             lambda: kornia.LightGlue(None, input_dim=FEATURE_TYPES[feature_type].dim, **options),
             lambda: kornia.LightGlue(name, **options), _rename)
-        self.n_layers, self.pools = self.network.conf.n_layers, pools
+        self.n_layers, self.prunes = self.network.conf.n_layers, prunes
 
     def iterate(self, data: dict, n_layers: int | None = None) -> Iterator["LightGlueState"]:
         """Yield the state after each layer, as `nets.matchers.Matcher.iterate` does; one pair at a time."""
         state = LightGlueState(self.network, data)
-        for _ in range(n_layers or self.n_layers):
+        for t in range(n_layers or self.n_layers):
+            if t and self.prunes:
+                state.prune()
             state.advance()
             yield state
 
     @torch.no_grad()
     def forward(self, data: dict, n_layers: int | None = None) -> dict:
         """One-shot matching by the first n_layers layers, or all, of one pair."""
-        *_, state = self.iterate(data, n_layers)
+        state = LightGlueState(self.network, data)
+        for _ in range(n_layers or self.n_layers):
+            state.advance()
         matches0, matches1, scores0, scores1 = state.matches(0.0)
         return {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
 
@@ -135,8 +140,8 @@ class LightGlueState:
             return True
         return bool(self.network.check_if_stop(*self.confidences(), self.iteration, sum(self.n_inputs)))
 
-    def remove(self, threshold: float = 0.0, n_min_tokens: int = 0) -> None:
-        """Prune as LightGlue does: what is sure to have no match goes. threshold is not used."""
+    def prune(self) -> None:
+        """Remove what is sure to have no match, as LightGlue does."""
         t, log_assignment = self.iteration, self.network.log_assignment[self.iteration]
         rows = []
         for descriptors, confidences in zip(self.descriptors, self.confidences()):

@@ -275,7 +275,7 @@ def plot_iterations_used(path, results: Results) -> None:
 def plot_time_auc(path, summary: dict[str, dict], methods: dict[str, Method]) -> None:
     """Write a PNG: AUC@10 (percent) over milliseconds per pair, of matching and pose.
 
-    summary: as from `summarize`; methods: those that can iterate are drawn, each network's one-shot ones (fewest
+    summary: as from `summarize`; methods: networks are drawn, each one's one-shot methods (fewest
     iterations first) as a curve, its loops as stars.
     """
     def draw(axes, methods, label, digits, **style):
@@ -289,7 +289,7 @@ def plot_time_auc(path, summary: dict[str, dict], methods: dict[str, Method]) ->
                           textcoords="offset points", color=style["color"])
 
     with plot(path, legend_above=True) as (axes,):
-        networks = dict.fromkeys(method.matcher.name for method in methods.values() if method.matcher.iterates)
+        networks = dict.fromkeys(method.matcher.name for method in methods.values() if method.matcher.n_layers)
         for place, network in enumerate(networks):
             one_shot, loops = ([name for name, method in methods.items() if method.matcher.name == network
                                 and method.iterative is iterative] for iterative in (False, True))

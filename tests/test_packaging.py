@@ -55,8 +55,6 @@ def test_imports_point_one_way():
     allowed = {"nets": set(), "tools": {"nets"}} | {name: {"nets", "tools"} for name in ("dump", "training", "eval")}
     for package in allowed:
         for path in (ROOT / package).rglob("*.py"):
-            if path == ROOT / "eval" / "benchmark.py":  # measures every step
-                continue
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [
                     alias.name for alias in node.names] if isinstance(node, ast.Import) else []
