@@ -14,11 +14,8 @@ with contextlib.suppress(ImportError):
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
 
 
-def add_device(parser) -> None:
+def add_common_options(parser) -> None:
     parser.add_argument("--device", default="auto", help="for networks: auto, cpu, cuda or cuda:N")
-
-
-def add_report_and_verify(parser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write counts, rates and memory of this process as JSON")
     parser.add_argument("--verify", action="store_true", help="only read again what was written")
 

@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
+from dump.command import add_common_options, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
 from dump.verify import verify_eval
@@ -171,38 +171,21 @@ class ViewTask:
         return True
 
 
-def _part_path(parts, view: View) -> Path:
-    return below(parts, f"{view.image_path}.npy")
-
-
-def _extract(views, config, parts, recipe, shard) -> tuple[dict, int, int]:
-    """Make the parts that are missing -> ({view that cannot be used: why}, numbers of images with a part, and made)."""
-    tasks, unusable, workers = [], {}, config["workers"]
+def _extract(views, config, parts, recipe, shard) -> tuple[dict, dict, int]:
+    """Make the parts that are missing -> {view: its part}, {view that cannot be used: why}, how many were made."""
+    tasks, unusable = [], {}
     for view in views:
         try:
             view.check_name()
-            tasks.append(ViewTask(config["raw_data_dir"], view, _part_path(parts, view), config))
+            path = below(parts, f"{view.image_path}.npy")
+            tasks.append(ViewTask(config["raw_data_dir"], view, path, config))
         except InputError as error:
             unusable[view] = str(error)
-    with worker_pool(workers) as pool:
-        outcomes, n_images, n_missing = extract_missing(tasks, recipe, PART_FIELDS, pool, workers, shard)
-    bad = {task.view: outcomes[task.record_path] for task in tasks if outcomes.get(task.record_path, True) is not True}
-    return unusable | bad, n_images - len(bad), n_missing
-
-
-def _write_pair(file, number, view1, view2, cameras):
-    (K1, pose1), (K2, pose2) = cameras[view1], cameras[view2]
-    T_1to2 = relative_pose(pose1, pose2)
-    e = essential_matrix(T_1to2)
-    f = np.linalg.inv(K2).T @ e @ np.linalg.inv(K1)
-    values = {"K1": K1, "K2": K2, "R": T_1to2[:3, :3], "T": T_1to2[:3, 3], "e": e, "f": f,
-              # of one element, as readers made for the original's files expect
-              "img_path1": [view1.image_path], "img_path2": [view2.image_path]}
-    for name, value in values.items():
-        file[f"{name}/{number}"] = value
-    for side, view in (("1", view1), ("2", view2)):
-        for name, dataset in file["images"][view.image_path].items():
-            file[f"{name}{side}/{number}"] = dataset
+    with worker_pool(config["workers"]) as pool:
+        outcomes, n_missing = extract_missing(tasks, recipe, PART_FIELDS, pool, config["workers"], shard)
+    made = {task.view: task.record_path for task in tasks if outcomes.get(task.record_path) is True}
+    return made, unusable | {task.view: outcome for task in tasks
+                             if isinstance(outcome := outcomes.get(task.record_path), str)}, n_missing
 
 
 def _read_finished(path, settings) -> dict:
@@ -231,41 +214,48 @@ def _new_hdf5(path):
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from None
 
 
-def _join(output, config, settings, pairs, views, unusable, parts) -> tuple[dict, list]:
+def _join(output, config, settings, pairs, parts, unusable) -> tuple[dict, list]:
     """Write the HDF5 file from the parts -> (counts, [(image, why it was left out)]), which it holds, too."""
     for stray in output.parent.glob(f".{output.stem}.*.tmp{output.suffix}"):
         stray.unlink()
     # h5py cannot recover from a full disk: it would crash
-    needed = sum(_part_path(parts, view).stat().st_size for view in views if view not in unusable) \
-        + BYTES_PER_PAIR * len(pairs)
+    needed = sum(part.stat().st_size for part in parts.values()) + BYTES_PER_PAIR * len(pairs)
     if shutil.disk_usage(output.parent).free < needed:
         raise OutputError(errno.ENOSPC, f"No space left on device: {needed / 1e6:.0f} MB are needed", str(output))
     cameras, depth_problems = {}, []
     with atomic_path(output) as temporary, _new_hdf5(temporary) as file:
-        for view in tqdm(views, "images written", disable=None):
-            if view in unusable:
-                continue
-            part = read_record(_part_path(parts, view), PART_FIELDS)
+        for view, path in tqdm(parts.items(), "images written", disable=None):
+            part = read_record(path, PART_FIELDS)
             try:
-                cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view,
-                                            tuple(part["size"].tolist()))
+                size = tuple(part["size"].tolist())
+                cameras[view] = read_camera(config["dataset"], config["raw_data_dir"], view, size)
             except Exception as error:
                 unusable[view] = reason(error)
                 continue
-            if part["depth_problem"]:
-                depth_problems.append((view.image_path, part["depth_problem"]))
-            for name in ("kpt", "desc", "size", "depth"):
-                if name in part:
-                    file[f"images/{view.image_path}/{name}"] = part[name]
+            depth_problem = part.pop("depth_problem")
+            if depth_problem:
+                depth_problems.append((view.image_path, depth_problem))
+            for name in sorted(part, key=("kpt", "desc", "size", "depth").index):
+                file[f"images/{view.image_path}/{name}"] = part[name]
         good = [pair for pair in pairs if not unusable.keys() & set(pair)]
         if not good:
             raise InputError(f"none of {len(pairs)} pairs in {config['raw_data_dir']} can be used"
                              + "".join(f"; {problem}" for problem in list(unusable.values())[:1]))
         for number, pair in enumerate(tqdm(good, "pairs written", disable=None)):
-            _write_pair(file, number, *pair, cameras)
+            (K1, pose1), (K2, pose2) = (cameras[view] for view in pair)
+            T_1to2 = relative_pose(pose1, pose2)
+            e = essential_matrix(T_1to2)
+            f = np.linalg.inv(K2).T @ e @ np.linalg.inv(K1)
+            for name, value in (("K1", K1), ("K2", K2), ("R", T_1to2[:3, :3]), ("T", T_1to2[:3, 3]), ("e", e), ("f", f),
+                                # of one element, as readers made for the original's files expect
+                                ("img_path1", [pair[0].image_path]), ("img_path2", [pair[1].image_path])):
+                file[f"{name}/{number}"] = value
+            for side, view in zip("12", pair):
+                for name, dataset in file["images"][view.image_path].items():
+                    file[f"{name}{side}/{number}"] = dataset
         uses = Counter(view for pair in pairs for view in set(pair))
         skipped = [(view.image_path, f"{unusable[view]}; its {uses[view]} pairs are left out")
-                   for view in views if view in unusable] + depth_problems
+                   for view in sorted(unusable, key=lambda view: view.image_path)] + depth_problems
         counts = {"images": len(cameras), "pairs_tried": len(pairs), "pairs": len(good),
                   "rejected": {"image_left_out": len(pairs) - len(good)}}
         file.attrs.update({**settings, "settings": json.dumps(settings["settings"])})
@@ -308,14 +298,14 @@ def dump_eval(config: dict, device: str = "auto", shard=None) -> dict:
             for stray in parts.rglob(".*.tmp.npy"):
                 stray.unlink()
         started = time.perf_counter()
-        unusable, n_images, n_missing = _extract(views, config, parts, recipe, shard)
+        made, unusable, n_missing = _extract(views, config, parts, recipe, shard)
         rates = {"images_per_second": n_missing / (time.perf_counter() - started) if n_missing else None,
                  "pairs_per_second": None}
         if shard:
-            return {"images": n_images, "pairs_tried": None, "pairs": None, "rejected": None,
+            return {"images": len(made), "pairs_tried": None, "pairs": None, "rejected": None,
                     "skipped": [(view.image_path, problem) for view, problem in unusable.items()], **rates}
         started = time.perf_counter()
-        counts, skipped = _join(output, config, settings, pairs, views, unusable, parts)
+        counts, skipped = _join(output, config, settings, pairs, made, unusable)
         rates["pairs_per_second"] = counts["pairs"] / (time.perf_counter() - started)
         if not skipped:
             shutil.rmtree(parts)
@@ -328,10 +318,9 @@ def main(argv=None) -> int:
         epilog="Any key of the YAML file can be given as --KEY VALUE: "
                f"{', '.join(DEFAULTS)}; extractor settings as --extractor.max_keypoints 500.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/yfcc_eval_sift.yaml")
-    add_device(parser)
     parser.add_argument("--shard", metavar="I/N", help="just the features of each N-th image, I = 0 .. N-1; a run "
                                                        "without --shard joins them; torchrun's processes do all that")
-    add_report_and_verify(parser)
+    add_common_options(parser)
     args, others = parser.parse_known_args(argv)
     config = load_config(args.config, others)
     if args.verify:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dump.command import add_device, add_report_and_verify, finish_report, peak_memory_mb, report_verified, writing
+from dump.command import add_common_options, finish_report, peak_memory_mb, report_verified, writing
 from dump.features import extract_missing, extractor
 from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
@@ -107,8 +107,8 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     del info  # its points are most of the memory
 
     started = time.perf_counter()
-    outcomes, _, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
-                                             title=f"{scene} images")
+    outcomes, n_missing = extract_missing(list(tasks.values()), recipe.extraction, KEYPOINT_FIELDS, pool, workers,
+                                          title=f"{scene} images")
     matching_started = time.perf_counter()
     seconds = matching_started - started
     print(f"{scene}: {n_missing} images in {seconds:.1f} s", end="", flush=True)
@@ -195,9 +195,8 @@ def main(argv=None) -> int:
                             help="spp: sample descriptors as published, under torch 1.10-1.13")]
     parser.add_argument("--descriptor_dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes")
-    add_device(parser)
     add_scene_shard(parser)
-    add_report_and_verify(parser)
+    add_common_options(parser)
     args = parser.parse_args(argv)
     scenes = read_lines(args.scene_list) if args.scene_list else None
     if args.verify:

@@ -147,19 +147,17 @@ def each_image(batches: list[list], recipe: tuple, is_done, pool, workers: int):
 
 
 def extract_missing(tasks: list, recipe: tuple, fields: dict[str, Field], pool, workers: int, shard=None,
-                    title: str = "images") -> tuple[dict, int, int]:
+                    title: str = "images") -> tuple[dict, int]:
     """Extract the features of the tasks of a shard, or all, whose record is not there or not whole.
 
-    fields: of a record. Returns {record_path: what became of it, True if it was there}, the number of tasks of this
-    shard, and of those that were not done.
+    fields: of a record. Returns {record_path of this shard: what became of it, True if it was there}, and how many were
+    not there.
     """
-    dim = FEATURE_TYPES[recipe[0]].dim
-    outcomes = {task.record_path: True for task in tasks if is_whole(task.record_path, fields, D=dim)}
-    done = set(outcomes)
-    batches = batches_of(tasks, recipe, shard)
+    dim, batches = FEATURE_TYPES[recipe[0]].dim, batches_of(tasks, recipe, shard)
     own = [task.record_path for batch in batches for task in batch]
-    n_missing = sum(path not in done for path in own)
+    outcomes = {path: True for path in own if is_whole(path, fields, D=dim)}
+    done = set(outcomes)
     results = each_image(batches, recipe, lambda task: task.record_path in done, pool, workers)
-    for task, outcome in tqdm(results, title, len(own), initial=len(own) - n_missing, leave=False, disable=None):
+    for task, outcome in tqdm(results, title, len(own), initial=len(done), leave=False, disable=None):
         outcomes[task.record_path] = outcome
-    return outcomes, len(own), n_missing
+    return outcomes, len(own) - len(done)
