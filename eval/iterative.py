@@ -111,17 +111,16 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
                       schedule: Schedule = PUBLISHED_SCHEDULE) -> PairMatches:
     """Match one pair and estimate its pose iteratively.
 
-    network: in evaluation mode, has n_layers and `iterate(data, n_layers)`, whose states have `iteration`,
-    `indices0/1` and `matches(threshold)`, see `nets.matchers.MatchingState`; where its `pools` is True also
-    n_min_tokens, and the states `remove(threshold, n_min_tokens)`; where its `gives_up` is True, the states'
-    `is_confident()` says that more iterations will hardly find more, and the loop ends if they have found next to
-    nothing. data: as it takes it, B = 1. estimate: matches
-    (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop that never
-    stopped (see `tools.pose.estimate_pose`). use_uncertainty: pool by a threshold in proportion to the share of
-    inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that are returned
-    if the pose never stayed the same. n_layers: iterations at most (None: all that the network has). published: as the
-    published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens keypoints. schedule: when
-    to read matches.
+    network: in evaluation mode, has n_layers and `iterate(data, n_layers)`, whose states have `iteration`, `indices0/1`
+    and `matches(threshold)`, see `nets.matchers.MatchingState`; where its `pools` is True also n_min_tokens, and the
+    states `remove(threshold, n_min_tokens)`; where its `has_exit` is True, the loop also ends where the states'
+    `is_confident()` says that more iterations will hardly change a match. data: as it takes it, B = 1. estimate:
+    matches (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop in
+    which no two poses agreed (see `tools.pose.estimate_pose`). use_uncertainty: pool by a threshold in proportion to
+    the share of inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that
+    are returned if the pose never stayed the same. n_layers: iterations at most (None: all that the network has).
+    published: as the published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens
+    keypoints. schedule: when to read matches.
     """
     n_layers = network.n_layers if n_layers is None else n_layers
     steps, last_pose = [], None
@@ -137,12 +136,9 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
         step = IterationStep(state.iteration, state.indices0.cpu().numpy(), state.indices1.cpu().numpy(),
                              all_matches[read], all_scores[read], None)
         steps.append(step)
-        if len(step.matches) < MIN_MATCHES:
-            last_pose = None
-            if getattr(network, "gives_up", False) and state.is_confident():
-                break
-            continue
-        step.pose = estimate(step.matches, step.scores)
+        enough = len(step.matches) >= MIN_MATCHES
+        if enough:
+            step.pose = estimate(step.matches, step.scores)
         inlier_ratio = 0.0 if step.pose is None else float(np.mean(step.pose[2]))
         if inlier_ratio > 0 and same_pose(step.pose, last_pose):
             R, t, inliers = step.pose
@@ -150,7 +146,9 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
             return PairMatches(step.matches[inliers], step.scores[inliers], agree, (R, t, agree), state.iteration + 1,
                                True, steps)
         last_pose = step.pose if inlier_ratio > 0 else None
-        if network.pools and state.iteration < n_layers - 1 and (use_uncertainty or not published):
+        if getattr(network, "has_exit", False) and state.is_confident():
+            break
+        if enough and network.pools and state.iteration < n_layers - 1 and (use_uncertainty or not published):
             # the published program counted the dustbin as a keypoint
             state.remove(POOL_THRESHOLD * inlier_ratio if use_uncertainty and inlier_ratio > 0 else POOL_THRESHOLD,
                          network.n_min_tokens - published)

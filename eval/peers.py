@@ -45,7 +45,7 @@ class LightGlue(torch.nn.Module):
     """
 
     pools = False  # by the rule of EIMP
-    gives_up = True
+    has_exit = True  # the states say where LightGlue itself would stop
 
     def __init__(self, feature_type: str, weights=None, device="cpu", prunes: bool = True):
         super().__init__()
