@@ -31,7 +31,7 @@ from tools.files import (
     write_json,
 )
 from tools.geometry import opencv_to_colmap_K
-from tools.manifest import check_settings
+from tools.manifest import check_fields, check_settings
 from tools.processes import in_order
 from tools.scene_info import write_scene_info
 
@@ -47,7 +47,7 @@ def choose_pairs(rng, overlap, n) -> list[tuple[int, int]]:
     i, j = np.triu_indices(len(overlap), 1)
     enough = overlap[i, j] >= MIN_PAIR_OVERLAP
     i, j = i[enough], j[enough]
-    # from each of ten bins by rotation: an even spread, until a bin is empty
+    # one from each of ten bins, again and again: an even spread, until a bin is empty
     bins = (10 * overlap[i, j]).astype(int)
     shuffled = rng.permutation(len(i))
     turns = np.empty(len(i), int)
@@ -163,7 +163,7 @@ def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed
                 "layouts": layouts, "pairs": pairs,
                 "textures": [str(Path(path).relative_to(textures)) for path in photographs]}
     if settings_path.exists():  # scenes of different settings are not mixed
-        check_settings(read_json(settings_path), settings, settings_path)
+        check_settings(check_fields(read_json(settings_path), {}, settings_path), settings, settings_path)
     write_json(settings_path, settings)
 
     for folder in {stray.parent for stray in save_path.rglob(".*.tmp*")}:
