@@ -37,7 +37,8 @@ class MatcherSettings:
     """What the matchers are built from. dataset: yfcc, scannet or None, names the default weights.
 
     weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks,
-    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop.
+    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop;
+    schedule: of the loop, None for the matcher's own.
     """
 
     feature_type: str = "sift"
@@ -49,6 +50,7 @@ class MatcherSettings:
     n_layers: int | None = None
     device: str = "cpu"
     prune: bool = True
+    schedule: Schedule | None = None
 
 
 class Matcher:
@@ -138,6 +140,7 @@ class Network(Matcher):
             raise InputError(f"--n_layers {settings.n_layers}: the network of {self.path} has {self.n_layers} "
                              "iterations")
         self.n_iterations = settings.n_layers or self.n_layers
+        self.schedule = settings.schedule or self.schedule
         if settings.match_threshold is not None:
             self.threshold = settings.match_threshold
 

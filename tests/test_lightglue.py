@@ -200,6 +200,15 @@ def test_evaluation(scene, tmp_path):
     assert results["settings"]["feature_type"] == "aliked"
 
 
+def test_when_the_loop_looks(scene, tmp_path):
+    looks = command(scene, tmp_path, "--matching_method", "LightGlue", "--use_iterative", "--schedule", "5", "2",
+                    "--no_pruning")
+    assert eval_imp.main(looks) == 0
+    methods = json.loads((tmp_path / "results.json").read_text())["tables"][0]["methods"]
+    assert methods["LightGlue iterative"]["by_iteration"][0]["iterations"] == 5
+    assert methods["LightGlue iterative"]["keypoints_kept"] == 400
+
+
 def test_each_method_has_its_features(scene, tmp_path, capsys):
     both = ["--matching_method", "LightGlue", "IMP"]
     assert run(eval_imp.main, command(scene, tmp_path, *both)) == 2
