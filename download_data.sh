@@ -38,7 +38,7 @@ probe() {
         END { print status, length_ }'
 }
 
-# Goes on with the file $2 from the end of what it holds.
+# Resumes the file $2 from the end of what it holds.
 fetch() {
     if [ "$client" = curl ]; then
         curl -fL "$curl_progress" -C - --connect-timeout 20 --speed-limit 1 --speed-time 60 -o "$2" "$1"
@@ -75,7 +75,7 @@ download_part() {
         2* | 405 | 501) # a server need not know HEAD
             [ "$answer" = "${answer#2}" ] && length=
             if [ -n "$length" ] && [ "$(size_of "$partial")" -gt "$length" ]; then
-                rm "$partial" # of another file of that name: it cannot be gone on with
+                rm "$partial" # of another file of that name: it cannot be resumed
             fi
             fetch "$url" "$partial"
             outcome=$?

@@ -4,26 +4,24 @@ import json
 
 from tools.cli import report_skipped, run
 from tools.distributed import launch, leave
-from training.config import SETTINGS, Setting, load_train_config
+from training.config import SETTINGS, load_train_config
 from training.curves import plot_losses
 from training.trainer import train
 
 
 def _train(job, config: dict) -> int:
-    how, skipped = train(config, job)
+    outcome, skipped = train(config, job)
     if not job.is_main:
         return 0
-    print(f"{how}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
+    print(f"{outcome}: checkpoints are in {config['save_path']}, the curves in {plot_losses(config['save_path'])}")
     return report_skipped(skipped, "pairs")
 
 
-def _choices(setting: Setting) -> str:
-    choices = f"{{{','.join(setting.choices)}}} " if setting.choices else ""
-    return f"{choices}({json.dumps(setting.default)})"
-
-
 def main(argv=None) -> int:
-    keys = "\n".join(f"  --{key} {_choices(setting)}\n        {setting.help}" for key, setting in SETTINGS.items())
+    keys = ""
+    for key, setting in SETTINGS.items():
+        choices = f"{{{','.join(setting.choices)}}} " if setting.choices else ""
+        keys += f"  --{key} {choices}({json.dumps(setting.default)})\n        {setting.help}\n"
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"keys (defaults in brackets):\n{keys}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="JSON file; any of its keys can be given as --key value")

@@ -13,74 +13,70 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from dump.keypoints import write_keypoints
+from dump.matches import MIN_MATCHES
+from dump.workers import each_scene
 from tools.cli import InputError, reason, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import remove_strays, write_json
-from tools.locks import locked
 from tools.manifest import FORMAT, VERSION, claim, keypoint_path, lock_path, match_path, read_scene, scene_path
 from tools.records import KEYPOINT_FIELDS, read_record, write_record
 from tools.safe_pickle import load_npy, numbers
 from tools.scene_info import check_camera, check_name
 
-MIN_KEYPOINTS, MIN_MATCHES = 1024, 20
+MIN_KEYPOINTS = 1024
 # what the original does not say of itself: its defaults; overlaps are NaN in the records
 SETTINGS = {"made_by": "original", "max_keypoints": 4096, "min_keypoints": MIN_KEYPOINTS, "inlier_th": 5,
             "overlap": "unknown"}
 
 
-def _load_dict(path) -> dict:
+class _Fields(dict):
+    """A pickled dict of the original."""
+
+    def __missing__(self, name):
+        raise InputError(f"it lacks {name}")
+
+
+def _load_dict(path) -> _Fields:
     content = load_npy(path)
     content = content.item() if content.shape == () else None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no pickled dict, as the original's dumps do")
-    return content
+    return _Fields(content)
 
 
-def _field(old: dict, name: str):
-    if name not in old:
-        raise InputError(f"it lacks {name}")
-    return old[name]
-
-
-@np.errstate(over="ignore")  # what half precision cannot hold is not finite, which is refused
-def _keypoint_record(old: dict, file_name: str, feature_type: str, dtype: str) -> dict:
-    """A keypoint dict of the original -> a record of ours."""
-    keypoints = numbers(_field(old, "keypoints"), None, 2, what="keypoints")
+def _import_keypoints(old: dict, target, file_name: str, feature_type: str, dtype: str) -> None:
+    """Write a keypoint dict of the original as a record of ours."""
+    keypoints = numbers(old["keypoints"], None, 2, name="keypoints")
     n = len(keypoints)
-    size = numbers(_field(old, "image_size"), None, what="image_size")
+    size = numbers(old["image_size"], None, name="image_size")
     if len(size) < 2 or not (np.abs(size) < 2 ** 31).all():
         raise InputError("its image_size is no height and width")
-    h, w = size[:2]
-    K, pose = check_camera(_field(old, "intrinsics"), _field(old, "pose"))
-    record = {"image_path": check_name(_field(old, "image_path")), "depth_path": check_name(_field(old, "depth_path")),
-              "image_size": np.array([w, h]).astype(np.int64), "intrinsics": K, "pose": pose,
-              "keypoints": keypoints.astype(np.float32)}
-    for name, shape, kind in (("scores", (n,), "float32"), ("depth", (n,), "float32"),
-                              ("descriptors", (n, FEATURE_TYPES[feature_type].dim), dtype)):
-        record[name] = numbers(_field(old, name), *shape, what=name).astype(kind)
-    if f"{PurePosixPath(record['image_path']).name}_{feature_type}.npy" != file_name:
-        raise InputError(f"it is of the image {record['image_path']}")
+    K, pose = check_camera(old["intrinsics"], old["pose"])
+    image_path = check_name(old["image_path"])
+    if f"{PurePosixPath(image_path).name}_{feature_type}.npy" != file_name:
+        raise InputError(f"it is of the image {image_path}")
     if n < MIN_KEYPOINTS:
         raise InputError(f"{n} keypoints are fewer than {MIN_KEYPOINTS}")
-    for name, value in record.items():
-        if isinstance(value, np.ndarray) and not np.isfinite(value).all():
-            raise InputError(f"its {name} are not finite")
-    return {name: record[name] for name in KEYPOINT_FIELDS}
+    shapes = {"scores": (n,), "depth": (n,), "descriptors": (n, FEATURE_TYPES[feature_type].dim)}
+    write_keypoints(target, dtype, {
+        "image_path": image_path, "depth_path": check_name(old["depth_path"]), "image_size": size[1::-1],
+        "intrinsics": K, "pose": pose, "keypoints": keypoints,
+        **{name: numbers(old[name], *shape, name=name) for name, shape in shapes.items()}})
 
 
 def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
     """A pair of the original -> a match record of ours; n_keypoints: of each image by file name."""
-    record, sides = {}, []
-    for v, theirs in enumerate("12"):
-        record[f"image_path{v}"] = path = check_name(_field(old, f"image_path{theirs}"))
-        record[f"intrinsics{v}"], record[f"pose{v}"] = check_camera(_field(old, f"intrinsics{theirs}"),
-                                                                    _field(old, f"pose{theirs}"))
+    paths = [check_name(old[f"image_path{v}"]) for v in "12"]
+    (K0, pose0), (K1, pose1) = (check_camera(old[f"intrinsics{v}"], old[f"pose{v}"]) for v in "12")
+    sides = []
+    for v, path in zip("12", paths):
         n = n_keypoints.get(PurePosixPath(path).name)
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
-        side = numbers(_field(old, f"matched_ids{theirs}"), None, what=f"matched_ids{theirs}")
+        side = numbers(old[f"matched_ids{v}"], None, name=f"matched_ids{v}")
         if len(side) and not (side.min() >= 0 and side.max() < n):
-            raise InputError(f"matched_ids{theirs} name keypoints that {path}, of {n}, does not have")
+            raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))
     if len(sides[0]) != len(sides[1]):
         raise InputError(f"{len(sides[0])} matched_ids1 for {len(sides[1])} matched_ids2")
@@ -89,8 +85,8 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
         matches = matches[np.sort(np.unique(matches[:, v], return_index=True)[1])]
     if len(matches) <= MIN_MATCHES:
         raise InputError(f"it has {len(matches)} matches, more than {MIN_MATCHES} are needed")
-    order = ("image_path0", "image_path1", "intrinsics0", "intrinsics1", "pose0", "pose1")
-    return {**{name: record[name] for name in order}, "matches": matches, "overlap": np.nan}
+    return {"image_path0": paths[0], "image_path1": paths[1], "intrinsics0": K0, "intrinsics1": K1, "pose0": pose0,
+            "pose1": pose1, "matches": matches, "overlap": np.nan}
 
 
 def _old_pairs(old, scene: str, feature_type: str) -> list[tuple[str, object]]:
@@ -102,23 +98,23 @@ def _old_pairs(old, scene: str, feature_type: str) -> list[tuple[str, object]]:
     path = Path(old) / f"matches_{feature_type}" / f"{scene}.npy"
     if not path.is_file():
         raise InputError(f"no pairs in {folder} or {path}")
-    return [(f"{scene} pair {i}", lambda pair=pair: pair) for i, pair in enumerate(load_npy(path).ravel())]
+    return [(f"{scene} pair {i}", lambda pair=pair: _Fields(pair)) for i, pair in enumerate(load_npy(path).ravel())]
 
 
 def _check_count(old, scene: str, feature_type: str, n_pairs: int) -> None:
     """Say it if the original's count of a scene's pairs is another."""
     for path in (Path(old) / f"nmatches_{feature_type}" / f"{scene}_{feature_type}.npy",
                  Path(old) / f"mega_scene_nmatches_{feature_type}.npy"):
-        if path.is_file():
-            try:
-                said = load_npy(path)
-                said = said.item() if said.shape == () else None
-                said = said.get(scene, n_pairs) if isinstance(said, dict) else said
-                said = f"says {said} pairs" if not np.array_equal(said, n_pairs) else ""
-            except Exception as error:
-                said = reason(error)
-            if said:
-                print(f"note: scene {scene} has {n_pairs} pairs; {path.name}: {said}", file=sys.stderr)
+        if not path.is_file():
+            continue
+        try:
+            count = load_npy(path).item()
+            count = count.get(scene, n_pairs) if isinstance(count, dict) else count
+            problem = "" if np.array_equal(count, n_pairs) else f"says {count} pairs"
+        except Exception as error:
+            problem = reason(error)
+        if problem:
+            print(f"note: scene {scene} has {n_pairs} pairs; {path.name}: {problem}", file=sys.stderr)
 
 
 def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
@@ -126,14 +122,14 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
     pairs, skipped, n_keypoints, done = _old_pairs(old, scene, feature_type), [], {}, 0
     _check_count(old, scene, feature_type, len(pairs))
     files = sorted((Path(old) / f"keypoints_{feature_type}" / scene).glob(f"*_{feature_type}.npy"))
-    for kind in ("keypoints", "matches"):
-        remove_strays(Path(new) / kind / scene)
+    remove_strays(Path(new) / "keypoints" / scene)
+    remove_strays(Path(new) / "matches" / scene)
     for path in tqdm(files, f"{scene} images", leave=False, disable=None):
         image = path.name.removesuffix(f"_{feature_type}.npy")
         target = keypoint_path(new, scene, image, feature_type)
         try:
             if not target.exists():
-                write_record(target, _keypoint_record(_load_dict(path), path.name, feature_type, dtype))
+                _import_keypoints(_load_dict(path), target, path.name, feature_type, dtype)
             n_keypoints[image] = len(read_record(target, KEYPOINT_FIELDS, mmap=True)["scores"])
         except Exception as error:
             skipped.append([f"{scene}/{path.name}", reason(error)])
@@ -163,18 +159,15 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     feature_type = feature_type or found[0]
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})
-    summary = {}
-    for folder in sorted((Path(old) / f"keypoints_{feature_type}").iterdir()):
-        scene = folder.name
-        if not folder.is_dir():
-            continue
-        with locked(lock_path(new, scene), busy=f"another process writes scene {scene} of {new}: wait for it"):
-            try:
-                summary[scene] = (read_scene(new, scene) if scene_path(new, scene).is_file()
-                                  else import_scene(old, new, scene, feature_type, dtype))
-            except Exception as error:
-                summary[scene] = {"failed": reason(error)}
-    return summary
+    scenes = sorted(folder.name for folder in (Path(old) / f"keypoints_{feature_type}").iterdir() if folder.is_dir())
+
+    def process(scene):
+        if scene_path(new, scene).is_file():
+            return read_scene(new, scene)
+        return import_scene(old, new, scene, feature_type, dtype)
+
+    return {scene: counts or {"failed": problem} for scene, counts, problem in each_scene(
+        scenes, lambda scene: lock_path(new, scene), f"of {new}", process, remedy="wait for it")}
 
 
 def main(argv=None) -> int:

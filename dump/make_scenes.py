@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dump.scenes.render import Atlas, Rectangles, render
 from dump.scenes.world import build_world, place_cameras
-from dump.workers import available_cores, in_order, stop_on_sigterm, worker_pool
+from dump.workers import available_cores, stop_on_sigterm, worker_pool
 from tools.cli import InputError, run
 from tools.covisibility import scene_info_from_depth
 from tools.files import (
@@ -31,6 +31,8 @@ from tools.files import (
     write_json,
 )
 from tools.geometry import opencv_to_colmap_K
+from tools.manifest import check_fields, check_settings
+from tools.processes import in_order
 from tools.scene_info import write_scene_info
 
 VERSION = 1  # of what is drawn: other pictures for the same settings need another number
@@ -45,7 +47,7 @@ def choose_pairs(rng, overlap, n) -> list[tuple[int, int]]:
     i, j = np.triu_indices(len(overlap), 1)
     enough = overlap[i, j] >= MIN_PAIR_OVERLAP
     i, j = i[enough], j[enough]
-    # taking turns among ten bins: an even spread, until a bin is empty
+    # one from each of ten bins, again and again: an even spread, until a bin is empty
     bins = (10 * overlap[i, j]).astype(int)
     shuffled = rng.permutation(len(i))
     turns = np.empty(len(i), int)
@@ -55,20 +57,17 @@ def choose_pairs(rng, overlap, n) -> list[tuple[int, int]]:
     return sorted((int(a), int(b)) for a, b in zip(i[chosen], j[chosen]))
 
 
+def write_bytes(path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_lines(path, lines) -> None:
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+
+
 def write_matrix(path, matrix) -> None:
-    with atomic_path(path) as temporary:
-        np.savetxt(temporary, matrix, fmt="%.17g")
-
-
-def write_text(path, lines) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines))
-
-
-def write_megadepth_view(root, scene, i, image, depth) -> None:
-    image_path, depth_path = megadepth_paths(scene, i)
-    write_image(root / image_path, image)
-    write_depth(root / depth_path, depth)
+    write_lines(path, (" ".join(f"{value:.17g}" for value in row) for row in matrix))
 
 
 def megadepth_paths(scene, i) -> tuple[str, str]:
@@ -77,39 +76,33 @@ def megadepth_paths(scene, i) -> tuple[str, str]:
             f"phoenix/S6/zl548/MegaDepth_v1/{scene}/dense0/depths/{i:04d}.h5")
 
 
-def write_yfcc_view(root, scene, i, image, depth, K, pose) -> None:
-    test = root / "raw_data" / "yfcc100m" / scene / "test"
-    write_image(test / "images" / f"{i:04d}.jpg", image)
-    write_depth(test / "depths" / f"{i:04d}.h5", depth)
-    values = {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": np.array([image.shape[1::-1]], np.float64)}
-    with atomic_path(test / "calibration" / f"calibration_{i:04d}.h5") as temporary:
-        temporary.write_bytes(hdf5_image(lambda file: [file.create_dataset(name, data=value)
-                                                       for name, value in values.items()]))
-
-
-def write_yfcc_scene(root, scene, n, pairs) -> None:
-    test = root / "raw_data" / "yfcc100m" / scene / "test"
-    write_text(test / "images.txt", [f"images/{i:04d}.jpg" for i in range(n)])
-    write_text(test / "calibration.txt", [f"calibration/calibration_{i:04d}.h5" for i in range(n)])
-    with atomic_path(root / "raw_data" / "pairs" / f"{scene}-te-{len(pairs)}-pairs.pkl") as temporary:
-        temporary.write_bytes(pickle.dumps([list(pair) for pair in pairs], protocol=2))
-
-
-def write_scannet_view(root, scene, i, image, depth, K, pose) -> None:
-    folder = root / f"scene{scene}_00"
-    write_image(folder / "img" / f"{i}.jpg", image)
-    write_matrix(folder / "extrinsic" / f"{i}.txt", np.linalg.inv(pose))
-    write_matrix(folder / "intrinsic" / f"{i}.txt", K)
-    millimetres = np.round(depth * 1000)
-    png = cv2.imencode(".png", np.where(millimetres < 65535, millimetres, 0).astype(np.uint16),
-                       [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-    with atomic_path(folder / "depth" / f"{i}.png") as temporary:
-        temporary.write_bytes(png.tobytes())
+def write_view(save_path, layout, scene, i, image, depth, K, pose) -> None:
+    """Write view i in one of the LAYOUTS."""
+    if layout == "megadepth":
+        image_path, depth_path = megadepth_paths(scene, i)
+        write_image(save_path / layout / image_path, image)
+        write_depth(save_path / layout / depth_path, depth)
+    elif layout == "yfcc":
+        test = save_path / layout / "raw_data" / "yfcc100m" / scene / "test"
+        write_image(test / "images" / f"{i:04d}.jpg", image)
+        write_depth(test / "depths" / f"{i:04d}.h5", depth)
+        size = np.array([image.shape[1::-1]], np.float64)
+        values = {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": size}
+        write_bytes(test / "calibration" / f"calibration_{i:04d}.h5", hdf5_image(
+            lambda file: [file.create_dataset(name, data=value) for name, value in values.items()]))
+    else:
+        folder = save_path / layout / f"scene{scene}_00"
+        write_image(folder / "img" / f"{i}.jpg", image)
+        write_matrix(folder / "extrinsic" / f"{i}.txt", np.linalg.inv(pose))
+        write_matrix(folder / "intrinsic" / f"{i}.txt", K)
+        millimetres = np.round(depth * 1000)
+        png = np.where(millimetres < 65535, millimetres, 0).astype(np.uint16)
+        write_bytes(folder / "depth" / f"{i}.png", cv2.imencode(".png", png, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
 
 
 def make_scene(number, save_path, images_per_scene, size, seed, photographs, layouts, pairs) -> None:
     """Render scene `number` and write it; its marker under scenes/ comes last."""
-    save_path, scene, rng = Path(save_path), f"{number:04d}", np.random.default_rng([seed, number])
+    scene, rng = f"{number:04d}", np.random.default_rng([seed, number])
     world = build_world(rng, 64 * max(size) / 640, photographs)
     rectangles, atlas = Rectangles(world.rectangles), Atlas(world.textures)
     cameras = place_cameras(rng, world, rectangles, images_per_scene, size)
@@ -118,19 +111,19 @@ def make_scene(number, save_path, images_per_scene, size, seed, photographs, lay
         view_rng = np.random.default_rng([seed, number, 1 + i])
         image, depth = render(view_rng, rectangles, atlas, K, pose, size, SHADOW_RADIUS)
         depths.append(depth)
-        if "megadepth" in layouts:
-            write_megadepth_view(save_path / "megadepth", scene, i, image, depth)
-        if "yfcc" in layouts:
-            write_yfcc_view(save_path / "yfcc", scene, i, image, depth, K, pose)
-        if "scannet" in layouts:
-            write_scannet_view(save_path / "scannet", scene, i, image, depth, K, pose)
+        for layout in layouts:
+            write_view(save_path, layout, scene, i, image, depth, K, pose)
 
     image_paths, depth_paths = zip(*(megadepth_paths(scene, i) for i in range(images_per_scene)))
     info = scene_info_from_depth(image_paths, depth_paths, [opencv_to_colmap_K(K) for K, _ in cameras],
                                  [pose for _, pose in cameras], depths.__getitem__, progress=False)
     chosen = choose_pairs(np.random.default_rng([seed, number, 0]), info["overlap_matrix"], pairs)
     if "yfcc" in layouts:
-        write_yfcc_scene(save_path / "yfcc", scene, images_per_scene, chosen)
+        raw = save_path / "yfcc" / "raw_data"
+        for file, line in (("images", "images/{:04d}.jpg"), ("calibration", "calibration/calibration_{:04d}.h5")):
+            write_lines(raw / "yfcc100m" / scene / "test" / f"{file}.txt", map(line.format, range(images_per_scene)))
+        write_bytes(raw / "pairs" / f"{scene}-te-{len(chosen)}-pairs.pkl",
+                    pickle.dumps([list(pair) for pair in chosen], protocol=2))
     if "megadepth" in layouts:
         write_scene_info(save_path / "megadepth" / "scene_info" / f"{scene}.0.npz", info)
     write_json(marker_path(save_path, scene), {"scene": scene, "images": images_per_scene, "pairs": chosen})
@@ -142,27 +135,10 @@ def marker_path(save_path, scene) -> Path:
 
 def find_photographs(folder) -> list[str]:
     """Every picture under `folder` that OpenCV reads, sorted."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--textures: no such folder: {folder}")
     found = [str(path) for path in sorted(Path(folder).rglob("*")) if path.is_file() and cv2.haveImageReader(str(path))]
     if not found:
         raise InputError(f"--textures: no pictures that OpenCV reads under {folder}")
     return found
-
-
-def check_settings(save_path, settings) -> None:
-    """Refuse to mix scenes of different settings in one folder; note them in a new one."""
-    check_folder(save_path)
-    path = Path(save_path) / "make_scenes.json"
-    if path.exists():
-        there = read_json(path)
-        if not isinstance(there, dict):
-            raise InputError(f"{path} is damaged: delete it")
-        other = [name for name in settings if there.get(name) != settings[name]]
-        if other:
-            raise InputError(f"{path} was made with other settings ({', '.join(other)}): "
-                             "give the same ones or another --save_path")
-    write_json(path, settings)
 
 
 def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed=0, textures=None, layouts=LAYOUTS,
@@ -175,34 +151,37 @@ def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed
     """
     if scenes < 1 or images_per_scene < 2 or first_scene < 0 or first_scene + scenes > 10000:
         raise InputError("need --scenes >= 1, --images_per_scene >= 2 and scene numbers between 0 and 9999")
-    if min(size) < 64:
-        raise InputError(f"--size {size[0]} {size[1]}: both sides must be at least 64 pixels")
+    if min(size) < 64 or seed < 0 or pairs < 0 or (workers is not None and workers < 1):
+        raise InputError("need --size of at least 64 64, --seed >= 0, --pairs >= 0 and --workers >= 1")
     if not layouts or set(layouts) - set(LAYOUTS):
         raise InputError(f"--layouts: choose among {' '.join(LAYOUTS)}")
-    if seed < 0 or pairs < 0 or (workers is not None and workers < 1):
-        raise InputError("need --seed >= 0, --pairs >= 0 and --workers >= 1")
     photographs = find_photographs(textures) if textures else []
-    layouts = [layout for layout in LAYOUTS if layout in layouts]
-    check_settings(save_path, {
-        "version": VERSION, "images_per_scene": images_per_scene, "size": list(size), "seed": seed, "layouts": layouts,
-        "pairs": pairs, "textures": [str(Path(path).relative_to(textures)) for path in photographs]})
+    save_path, layouts = Path(save_path), [layout for layout in LAYOUTS if layout in layouts]
+    check_folder(save_path)
+    settings_path = save_path / "make_scenes.json"
+    settings = {"version": VERSION, "images_per_scene": images_per_scene, "size": list(size), "seed": seed,
+                "layouts": layouts, "pairs": pairs,
+                "textures": [str(Path(path).relative_to(textures)) for path in photographs]}
+    if settings_path.exists():  # scenes of different settings are not mixed
+        check_settings(check_fields(read_json(settings_path), {}, settings_path), settings, settings_path)
+    write_json(settings_path, settings)
 
-    for folder in {stray.parent for stray in Path(save_path).rglob(".*.tmp*")}:
+    for folder in {stray.parent for stray in save_path.rglob(".*.tmp*")}:
         remove_strays(folder)
     numbers = range(first_scene, first_scene + scenes)
     todo = [number for number in numbers if not marker_path(save_path, f"{number:04d}").exists()]
-    make = partial(make_scene, save_path=str(save_path), images_per_scene=images_per_scene, size=tuple(size), seed=seed,
+    make = partial(make_scene, save_path=save_path, images_per_scene=images_per_scene, size=tuple(size), seed=seed,
                    photographs=photographs, layouts=layouts, pairs=pairs)
     workers = max(1, min(workers or available_cores(), len(todo)))
-    with worker_pool(workers) as pool, tqdm(total=scenes, initial=scenes - len(todo), desc="scenes",
-                                            unit="scene") as progress:
-        for _ in in_order(pool, make, todo, ahead=workers):
-            progress.update()
+    with worker_pool(workers) as pool:
+        for _ in tqdm(in_order(pool, make, todo, ahead=workers), "scenes", scenes, initial=scenes - len(todo),
+                      unit="scene"):
+            pass
     if "scannet" in layouts:
-        done = [read_json(path) for path in sorted((Path(save_path) / "scenes").glob("[0-9]*.json"))]
-        write_text(Path(save_path) / "scannet" / "pairs.txt",
-                   [f"scene{scene['scene']}_00/img/{i}.jpg scene{scene['scene']}_00/img/{j}.jpg"
-                    for scene in done for i, j in scene["pairs"]])
+        done = [read_json(path) for path in sorted((save_path / "scenes").glob("[0-9]*.json"))]
+        write_lines(save_path / "scannet" / "pairs.txt", [
+            f"scene{scene['scene']}_00/img/{i}.jpg scene{scene['scene']}_00/img/{j}.jpg"
+            for scene in done for i, j in scene["pairs"]])
     return [f"{number:04d}" for number in numbers]
 
 

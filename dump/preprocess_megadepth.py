@@ -17,27 +17,29 @@ its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Shards
 whoever is at one holds its lock. Memory: the COLMAP model of one scene.
 """
 import argparse
+import contextlib
 import errno
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
-from dump.report import why
-from dump.shards import deal, parse_shard, wait_for_all
-from dump.workers import available_cores, stop_on_sigterm
-from tools.cli import InputError, reason, report_skipped, run
+from dump.command import writing
+from dump.workers import add_scene_shard, available_cores, deal, each_scene, parse_shard, stop_on_sigterm, wait_for_all
+from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
 from tools.geometry import is_camera_matrix, make_pose, project
-from tools.locks import InUse, locked
-from tools.scene_info import write_scene_info
+from tools.scene_info import MATRIX_FIELDS, OBJECT_FIELDS, write_scene_info
 
 ARCHIVE_ROOT = "phoenix/S6/zl548"
+DEPTH_ROOT = f"{ARCHIVE_ROOT}/MegaDepth_v1"
+SFM_ROOTS = ("MegaDepth_v1_SfM", f"{ARCHIVE_ROOT}/MegaDepth_v1_SfM")
+MODEL = Path("sparse/manhattan/0")
 MIN_DEPTH_BYTES = 100 * 1024  # a smaller file is a mask of foreground and background, no depth map
 FULL_DISK_BYTES = 1 << 20
 PYCOLMAP_ERRORS = (ValueError, RuntimeError, IndexError, MemoryError, OSError)  # of damaged or unreadable files
@@ -61,33 +63,6 @@ def has_model(folder) -> bool:
                for suffix in ("bin", "txt"))
 
 
-def sfm_path(base_path, scene: str) -> Path:
-    """The scene's folder of MegaDepth_v1_SfM, which may lie beside MegaDepth_v1 or at the root."""
-    paths = [Path(base_path, parent, "MegaDepth_v1_SfM", scene) for parent in ("", ARCHIVE_ROOT)]
-    return next((path for path in paths if path.is_dir()), paths[0])
-
-
-def list_raw_scenes(base_path) -> list[str]:
-    """Scenes that have a folder of SfM, distorted or undistorted, sorted; InputError if there is none."""
-    parents = ["MegaDepth_v1_SfM", f"{ARCHIVE_ROOT}/MegaDepth_v1_SfM", "Undistorted_SfM"]
-    scenes = {path.name for parent in parents for path in Path(base_path, parent).glob("[!.]*") if path.is_dir()}
-    if not scenes:
-        raise InputError(f"no scene in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
-    return sorted(scenes)
-
-
-def largest_side(folder) -> int:
-    """Largest width or height among the images of a folder, from their headers; InputError if there is no image."""
-    sides = []
-    for path in sorted(Path(folder).glob("[!.]*")):
-        size = header_size(path)
-        if size:  # one damaged image does not change the size of the others
-            sides.append(max(size))
-    if not sides:
-        raise InputError(f"no readable image in {folder}")
-    return max(sides)
-
-
 def read_model(folder):
     """The pycolmap.Reconstruction in a folder, text or binary; InputError if it is damaged or has no image."""
     check_counts(folder)
@@ -107,6 +82,7 @@ def read_model(folder):
 
 def check_counts(folder) -> None:
     """InputError if a binary model's file counts more than it holds: pycolmap takes time and memory for any count."""
+    # a record has `head` bytes, in images.bin then a name, then a number in `width` bytes, and `size` bytes each
     for name, head, width, size in (("cameras.bin", 24, 0, 0), ("images.bin", 64, 8, 24), ("points3D.bin", 43, 8, 8),
                                     ("rigs.bin", 4, 4, 8), ("frames.bin", 64, 4, 16)):
         path = Path(folder, name)
@@ -115,15 +91,17 @@ def check_counts(folder) -> None:
         check_file(path, "file of a COLMAP model")
         data = path.read_bytes()
         n, place = int.from_bytes(data[:8], "little"), 8
-        for _ in range(min(n, len(data)) if size else 0):
+        is_whole = n * (head + width) <= len(data)
+        for _ in range(n if is_whole and size else 0):
             start = place + head if name != "images.bin" else data.find(b"\0", place + head) + 1
             counted = int.from_bytes(data[start:start + width], "little")
             place = start + width + size * (counted if name != "rigs.bin" else counted > 0)
             for _ in range(min(counted, len(data)) - 1 if name == "rigs.bin" else 0):  # sensors with a pose or without
                 place += 65 if data[place + 8:place + 9] == b"\1" else 9
             if not start or place > len(data):
+                is_whole = False
                 break
-        if place > len(data) or n * (head + width) > len(data):
+        if not is_whole:
             raise InputError(f"no readable COLMAP model in {folder}: {name} counts more than it holds")
 
 
@@ -157,7 +135,7 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> list:
     pycolmap = import_pycolmap()
     sfm, target = Path(sfm), Path(target)
     # an image of another size would end this process: pycolmap throws in a thread of its own
-    usable, skipped = usable_images(read_model(sfm / "sparse" / "manhattan" / "0"), sfm / "images")
+    usable, skipped = usable_images(read_model(sfm / MODEL), sfm / "images")
     if not usable:
         raise InputError(f"no image in {sfm}/images has the size of its COLMAP camera")
     temporary = target.with_name(f".{target.name}.tmp")
@@ -167,28 +145,24 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> list:
     options.max_image_size = max_image_size
     try:
         # in a thread, so that Ctrl-C need not wait until the scene is done
-        with (ThreadPoolExecutor(1) as thread,
-              tqdm(desc=f"{target.name} undistorted", unit="image", leave=False, disable=None) as progress):
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(pycolmap.undistort_images, str(temporary), str(sfm / MODEL), str(sfm / "images"),
+                                 usable, undistort_options=options, num_threads=workers, cancellation_token=token)
             try:
-                work = thread.submit(pycolmap.undistort_images, str(temporary), str(sfm / "sparse" / "manhattan" / "0"),
-                                     str(sfm / "images"), usable, undistort_options=options, num_threads=workers,
-                                     cancellation_token=token)
-                while not wait([work], timeout=0.5).done:
-                    progress.update(sum(1 for _ in temporary.glob("images/**/*.*")) - progress.n)
+                work.result()
+            except PYCOLMAP_ERRORS as error:
+                raise InputError(f"cannot undistort {sfm}: {error}") from None
             except BaseException:
                 token.cancel()
                 raise
-        try:
-            work.result()
-        except PYCOLMAP_ERRORS as error:
-            raise InputError(f"cannot undistort {sfm}: {error}") from None
-        # pycolmap only logs what it could not write
-        try:
+        unwritten = ["model"]  # pycolmap only logs what it could not write
+        with contextlib.suppress(InputError):
             read_model(temporary / "sparse")
-            unwritten = [name for name in usable if not (temporary / "images" / name).is_file()
-                         and is_readable(sfm / "images" / name)]
-        except InputError:
-            unwritten = ["model"]
+            unwritten = []
+        for name in usable:
+            with contextlib.suppress(InputError):
+                if not (temporary / "images" / name).is_file() and read_image(sfm / "images" / name) is not None:
+                    unwritten.append(name)
         if unwritten and shutil.disk_usage(temporary).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, "")
         if unwritten:
@@ -199,20 +173,11 @@ def undistort(sfm, target, max_image_size: int, workers: int = 1) -> list:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def is_readable(path) -> bool:
-    """Whether a file is an image that can be decoded."""
-    try:
-        return read_image(path) is not None
-    except InputError:
-        return False
-
-
 def observations(image, point_ids: np.ndarray, points: np.ndarray):
-    """What an undistorted image of a model sees.
+    """K (3, 3) in COLMAP's pixel convention and world-to-camera pose (4, 4) of an undistorted image of a model, and of
+    each 3D point that lies before it the index into `points` (M,), the pixel (M, 2), and the depth (M,).
 
-    point_ids: (P,) sorted ids of the model's points; points: (P, 3), in the world. Returns its K (3, 3), COLMAP's
-    pixel convention, its pose (4, 4) world-to-camera, and of each 3D point that lies before it the index into
-    `points` (M,), the pixel (M, 2) in K's convention, and the depth (M,).
+    point_ids: (P,) sorted ids of the model's points; points: (P, 3), in the world.
     """
     K = image.camera.calibration_matrix()
     cam_from_world = image.cam_from_world().matrix()
@@ -249,61 +214,64 @@ def scene_info_from_model(model, base_path, scene: str) -> tuple[dict, list]:
         raise InputError("the COLMAP model is damaged: a 3D point is none")
 
     n = len(images)
-    info = {name: [None] * n for name in ("image_paths", "depth_paths", "intrinsics", "poses", "n_points3D",
-                                          "points3D_id_to_2D", "points3D_id_to_ndepth")}
+    info = {name: [None] * n for name in OBJECT_FIELDS}
     known, seen, ndepths = [], [], []
     for i, image in enumerate(tqdm(images, f"{scene} observations", unit="image", leave=False, disable=None)):
-        image_path = f"Undistorted_SfM/{scene}/images/{image.name}"
-        depth_path = f"{ARCHIVE_ROOT}/MegaDepth_v1/{scene}/dense0/depths/{PurePosixPath(image.name).stem}.h5"
+        depth_path = f"{DEPTH_ROOT}/{scene}/dense0/depths/{PurePosixPath(image.name).stem}.h5"
         depth_file = Path(base_path, depth_path)
-        if (image.name not in usable or not depth_file.is_file()
-                or depth_file.stat().st_size < MIN_DEPTH_BYTES):
+        if image.name not in usable or not depth_file.is_file() or depth_file.stat().st_size < MIN_DEPTH_BYTES:
             continue
         K, pose, indices, pixels, depth = observations(image, point_ids, points)
         ndepth = depth / ((K[0, 0] + K[1, 1]) / 2)
         ids = point_ids[indices].tolist()
-        info["image_paths"][i], info["depth_paths"][i] = image_path, depth_path
-        info["intrinsics"][i], info["poses"][i], info["n_points3D"][i] = K, pose, len(ids)
-        info["points3D_id_to_2D"][i] = dict(zip(ids, pixels.tolist()))
-        info["points3D_id_to_ndepth"][i] = dict(zip(ids, ndepth.tolist()))
+        for name, value in (
+                ("image_paths", f"Undistorted_SfM/{scene}/images/{image.name}"), ("depth_paths", depth_path),
+                ("intrinsics", K), ("poses", pose), ("n_points3D", len(ids)),
+                ("points3D_id_to_2D", dict(zip(ids, pixels.tolist()))),
+                ("points3D_id_to_ndepth", dict(zip(ids, ndepth.tolist())))):
+            info[name][i] = value
         known.append(i)
         seen.append(indices)
         ndepths.append(ndepth)
     if not known:
         raise InputError(f"no image of scene {scene} has both a file in Undistorted_SfM/{scene}/images and a depth map "
-                         f"in {ARCHIVE_ROOT}/MegaDepth_v1/{scene}/dense0/depths")
+                         f"in {DEPTH_ROOT}/{scene}/dense0/depths")
     overlap, scale_ratio = pair_matrices(seen, ndepths, len(point_ids))
     angles = axis_angles([info["poses"][i] for i in known])
-    for name, matrix in (("overlap_matrix", overlap), ("scale_ratio_matrix", scale_ratio), ("angles", angles)):
+    for name, matrix in zip(MATRIX_FIELDS, (overlap, scale_ratio, angles)):
         info[name] = np.full((n, n), -1.0)
         info[name][np.ix_(known, known)] = matrix
     return info, skipped
 
 
-def preprocess_scene(base_path, scene: str, workers: int = 1) -> tuple[str, list]:
-    """Undistort a scene unless that is done, and write its scene_info; returns a line that says what was done, and
-    (name, reason) of images left out.
+def preprocess_scene(base_path, scene: str, workers: int = 1) -> list:
+    """Undistort a scene and write its scene_info, unless that is done; returns (name, reason) of images left out.
 
     Raises InputError if a file or folder that the scene needs is missing or damaged.
     """
-    target = Path(base_path, "Undistorted_SfM", scene)
-    report, skipped = scene, []
+    info_path, target = Path(base_path, "scene_info", f"{scene}.0.npz"), Path(base_path, "Undistorted_SfM", scene)
+    if info_path.is_file():
+        return []
+    started, skipped = time.perf_counter(), []
     if not has_model(target / "sparse"):
-        sfm = sfm_path(base_path, scene)
-        if not has_model(sfm / "sparse" / "manhattan" / "0"):
-            raise InputError(f"no COLMAP model in {sfm}/sparse/manhattan/0")
+        candidates = [Path(base_path, parent, scene) for parent in SFM_ROOTS]
+        sfm = next((path for path in candidates if path.is_dir()), candidates[0])
+        if not has_model(sfm / MODEL):
+            raise InputError(f"no COLMAP model in {sfm / MODEL}")
         if target.is_dir() and any(target.iterdir()):
             raise InputError(f"{target} has no COLMAP model in sparse: delete that folder")
-        side = largest_side(Path(base_path, ARCHIVE_ROOT, "MegaDepth_v1", scene, "dense0", "imgs"))
-        started = time.perf_counter()
-        skipped = undistort(sfm, target, side, workers)
-        report += f": undistorted in {time.perf_counter() - started:.1f} s"
-    started = time.perf_counter()
-    info, more = scene_info_from_model(read_model(target / "sparse"), base_path, scene)
-    write_scene_info(Path(base_path, "scene_info", f"{scene}.0.npz"), info)
+        # as large as the depth maps are, and the images that they were made from
+        dense_images = Path(base_path, DEPTH_ROOT, scene, "dense0", "imgs")
+        sizes = [size for path in dense_images.glob("[!.]*") if (size := header_size(path))]
+        if not sizes:
+            raise InputError(f"no readable image in {dense_images}")
+        skipped = undistort(sfm, target, max(map(max, sizes)), workers)
+    info, unusable = scene_info_from_model(read_model(target / "sparse"), base_path, scene)
+    write_scene_info(info_path, info)
     with_depth = sum(path is not None for path in info["image_paths"])
-    return (f"{report}: scene_info of {len(info['image_paths'])} images, {with_depth} with depth, "
-            f"in {time.perf_counter() - started:.1f} s"), skipped + more
+    tqdm.write(f"{scene}: {len(info['image_paths'])} images, {with_depth} with depth, in "
+               f"{time.perf_counter() - started:.1f} s")
+    return skipped + unusable
 
 
 def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -> tuple[list, list]:
@@ -314,28 +282,26 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
-    found = list_raw_scenes(base_path)
+    found = sorted({path.name for parent in SFM_ROOTS + ("Undistorted_SfM",)
+                    for path in Path(base_path, parent).glob("[!.]*") if path.is_dir()})
+    if not found:
+        raise InputError(f"no scene in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
     unknown = [scene for scene in scenes or () if scene not in found]
     if unknown:
         raise InputError(f"no scene {', '.join(unknown[:5])} in MegaDepth_v1_SfM or Undistorted_SfM under {base_path}")
     import_pycolmap()
     for folder in ("Undistorted_SfM", "scene_info"):
         check_folder(Path(base_path, folder))
+    scenes = tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None)
     complete, skipped = [], []
-    for scene in tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None):
-        busy = f"another process is at scene {scene} of {base_path}: wait for it, or give each its own --shard"
-        try:
-            with locked(Path(base_path, "Undistorted_SfM", f".{scene}.lock"), busy):
-                if not Path(base_path, "scene_info", f"{scene}.0.npz").is_file():
-                    report, images = preprocess_scene(base_path, scene, workers)
-                    tqdm.write(report)
-                    skipped += [(f"{scene} {name}", problem) for name, problem in images]
-        except InUse:
-            raise
-        except Exception as error:
-            skipped.append((scene, reason(error)))
+    for scene, images, problem in each_scene(
+            scenes, lambda scene: Path(base_path, "Undistorted_SfM", f".{scene}.lock"), f"of {base_path}",
+            lambda scene: preprocess_scene(base_path, scene, workers), busy="another process is at"):
+        if problem:
+            skipped.append((scene, problem))
         else:
             complete.append(scene)
+            skipped += [(f"{scene} {name}", reason) for name, reason in images]
     return complete, skipped
 
 
@@ -344,18 +310,13 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_path", required=True, help="MegaDepth's root, read and written")
     parser.add_argument("--scene", nargs="+", metavar="ID", help="just these scenes (default: all)")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="threads (default: one per core)")
-    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
-                                                       "machine; under torchrun each process takes its own")
+    parser.add_argument("--workers", type=whole_number(1), default=available_cores(), help="threads")
+    add_scene_shard(parser)
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
     import_pycolmap()
     stop_on_sigterm()  # after the import, which takes the signal for itself
-    try:
+    with writing(f"to {args.base_path}"):
         complete, skipped = preprocess_megadepth(args.base_path, args.scene, args.workers, parse_shard(args.shard))
-    except OSError as error:
-        raise InputError(f"cannot write to {args.base_path}: {why(error)}; what is done is kept") from None
     print(f"{len(complete)} scenes complete")
     status = report_skipped(skipped, "scenes or images" if any(" " in name for name, _ in skipped) else "scenes")
     wait_for_all("the end")

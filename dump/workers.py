@@ -1,19 +1,73 @@
-"""Worker processes of the dumps: results in order, bounded look-ahead, and an end that leaves nothing behind."""
+"""Work shared among processes, and among machines (--shard I/N, or torchrun's processes); the loop over scenes."""
 import contextlib
-import functools
-import itertools
 import os
+import re
 import signal
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import time
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
-from dump.shards import deal, under_torchrun
 from tools.cli import InputError, reason
-from tools.features import FEATURE_TYPES, build_extractor
+from tools.locks import InUse, locked
 from tools.processes import WorkerPool
-from tools.records import Field, read_record
+
+
+def add_scene_shard(parser) -> None:
+    parser.add_argument("--shard", metavar="I/N", help="just the scenes I, I+N, I+2N, ..., I = 0 .. N-1, one shard a "
+                                                       "machine; under torchrun each process takes its own")
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`I/N` -> (I, N), I = 0 .. N-1; without text this process's place under torchrun, or None for all of the work."""
+    if text is None:
+        return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun() else None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: expected I/N, where I is a number from 0 to N-1")
+    return int(match[1]), int(match[2])
+
+
+def deal(items, shard: tuple[int, int] | None) -> list:
+    """The items of shard (i, n): every n-th from the i-th on; all without a shard."""
+    index, n = shard or (0, 1)
+    return list(items)[index::n]
+
+
+def each_scene(scenes, lock_path, place: str, process, busy: str = "another process writes",
+               remedy: str = "wait for it, or give each its own --shard"):
+    """Call process(scene) for each scene, locked: yield (scene, its result, None), or (scene, None, why it is skipped).
+
+    lock_path: scene -> its lock file. place, busy, remedy: for the message of InUse if another process holds it.
+    """
+    for scene in scenes:
+        result = problem = None
+        try:
+            with locked(lock_path(scene), f"{busy} scene {scene} {place}: {remedy}"):
+                result = process(scene)
+        except InUse:
+            raise
+        except Exception as error:
+            problem = reason(error)
+        yield scene, result, problem
+
+
+def wait_for_all(point: str) -> None:
+    """Under torchrun, return when all its processes have come to this point; elsewhere, at once.
+
+    They must end together: torchrun kills the others when one ends with status 1, because something was skipped.
+    """
+    if not under_torchrun():
+        return
+    from torch.distributed import rendezvous  # here, not above: it takes seconds to load
+
+    store, _, world_size = next(rendezvous("env://"))
+    store.add(point, 1)
+    while store.add(point, 0) < world_size:
+        time.sleep(0.5)
 
 
 def available_cores() -> int:
@@ -42,163 +96,6 @@ def worker_pool(workers: int):
                          "what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def in_order(pool, function, tasks, ahead: int):
-    """Yield function(task) for each task, in order, computed in `pool` at most `ahead` tasks ahead of the reader.
-
-    The bound is what keeps memory bounded: at most `ahead` tasks and results are alive. Without a pool it is map().
-    """
-    if pool is None:
-        yield from map(function, tasks)
-        return
-    tasks = iter(tasks)
-    waiting = deque(pool.submit(function, task) for task in itertools.islice(tasks, ahead))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, task) for task in itertools.islice(tasks, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-@functools.lru_cache(maxsize=1)
-def _extractor(feature_type, settings):
-    return build_extractor(feature_type, **dict(settings))
-
-
-def extractor(feature_type: str, settings: dict, device: str = "auto"):
-    """The extractor with these settings, built once per process.
-
-    device: for networks only; `auto` is a GPU if there is one, under torchrun the one for this process.
-    """
-    if FEATURE_TYPES[feature_type].weights_file:
-        if device == "auto" and under_torchrun():
-            from tools.distributed import choose_devices
-
-            devices = choose_devices([])
-            device = str(devices[int(os.environ["LOCAL_RANK"]) % len(devices)])
-        settings = {**settings, "device": device}
-    return _extractor(feature_type, tuple(sorted(settings.items())))
-
-
-def weights_of(feature_type: str, settings: dict, device: str = "auto") -> dict:
-    """What features depend on besides the settings, for a manifest: {"weights": hash} of a network, else {}."""
-    if not FEATURE_TYPES[feature_type].weights_file:
-        return {}
-    return {"weights": extractor(feature_type, settings, device).weights_hash}
-
-
-def is_whole(path: Path, fields: dict[str, Field], **lengths: int) -> bool:
-    """Whether a record that `read_record` takes is there; one that is torn is removed, to be made again."""
-    if not path.exists():
-        return False
-    try:
-        read_record(path, fields, mmap=True, **lengths)
-        return True
-    except InputError:
-        path.unlink()
-        return False
-
-
-def check_name(path: Path) -> Path:
-    """`path`, a file that is named after one in data; InputError if file systems do not allow such a name."""
-    if len(os.fsencode(path.name)) > 255 or len(os.fsencode(path)) > 4000:
-        raise InputError("its name is too long for the file of its features: give the image a shorter one")
-    return path
-
-
-@contextlib.contextmanager
-def _one_thread(recipe):
-    """A network on the CPU rounds in another way for each number of threads: it gets one, wherever it is."""
-    if not FEATURE_TYPES[recipe[0]].weights_file:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _attempt(function, *arguments):
-    """What the function returns, or, as a string, why this item is skipped: the boundary around each image."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return reason(error)
-
-
-def _extract_and_finish(load, finish, recipe, task):
-    loaded = load(task)
-    with _one_thread(recipe):
-        features = extractor(*recipe)(loaded[0])
-    return finish(task, loaded, features)
-
-
-def batches_of(tasks: list, recipe: tuple, size, shard: tuple[int, int] | None = None) -> list[list]:
-    """Tasks of one image each -> lists of those whose features are extracted together, of a shard or all.
-
-    recipe: arguments of `extractor`. size: task -> (w, h) of its image, or None where that is unknown. On a GPU a batch
-    has images of one size, and no more than Spp.batch_pixels if it has several; elsewhere it is one image. A batch has
-    the same images whatever is done of them: this is why neither an interruption nor the number of shards changes a bit
-    of the result.
-    """
-    pixels = extractor(*recipe).batch_pixels
-    if not pixels:
-        return deal(([task] for task in tasks), shard)
-    by_size = {}
-    for task in tasks:
-        by_size.setdefault(size(task), []).append(task)
-    batches = []
-    for of_size, same in by_size.items():
-        n = max(1, pixels // (of_size[0] * of_size[1])) if of_size else 1
-        batches += [same[k:k + n] for k in range(0, len(same), n)]
-    return deal(batches, shard)
-
-
-def _extract_batch(network, images):
-    # a header may promise another size than the image has
-    if len({image.shape for image in images}) == 1 and len(images) > 1:
-        return network.extract_batch(images)
-    return [network(image) for image in images]
-
-
-def each_image(pool, workers: int, recipe: tuple, batches: list[list], is_done, load, finish):
-    """Extract features: yield (task, what became of it) for each task that is not done.
-
-    batches: as from batches_of. load: task -> (image (H, W) uint8, ...). finish: (task, loaded, Features) -> what
-    became of it. Where one of them raises an error, what became of it is the reason, a string.
-
-    On the CPU the worker processes do all that. A network on a GPU stays in this process, and threads read ahead for
-    it; a batch that is done in part is extracted as a whole once more.
-    """
-    network = extractor(*recipe)
-    batches = [[(task, is_done(task)) for task in batch] for batch in batches]
-    batches = [batch for batch in batches if not all(done for _, done in batch)]
-    tasks = [task for batch in batches for task, _ in batch]
-    if not network.batch_pixels:
-        work = functools.partial(_attempt, _extract_and_finish, load, finish, recipe)
-        yield from zip(tasks, in_order(pool, work, tasks, ahead=2 * workers))
-        return
-    readers = ThreadPoolExecutor(workers)
-    try:
-        images = in_order(readers, functools.partial(_attempt, load), tasks,
-                          ahead=2 * workers + max(map(len, batches), default=0))
-        for batch in batches:
-            loaded = list(itertools.islice(images, len(batch)))
-            found = iter(_extract_batch(network, [content[0] for content in loaded if not isinstance(content, str)]))
-            for (task, done), content in zip(batch, loaded):
-                features = None if isinstance(content, str) else next(found)
-                if not done:
-                    yield task, content if features is None else _attempt(finish, task, content, features)
-    finally:
-        readers.shutdown(cancel_futures=True)
 
 
 def stop_on_sigterm() -> None:

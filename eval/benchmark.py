@@ -1,53 +1,48 @@
 """How fast this machine matches, trains, dumps and evaluates, beside the straightforward way in the same run.
 
     python3 -m eval.benchmark match     # one pair, one-shot: IMP, EIMP, eval.straightforward, and what operations allow
-    python3 -m eval.benchmark train     # a training step, Sinkhorn's share of it, the assembly of a sample
+    python3 -m eval.benchmark train     # a training step, and Sinkhorn's share of it
     python3 -m eval.benchmark dump      # images and pairs per second, size, memory of dump.dump_megadepth
-    python3 -m eval.benchmark eval      # pairs per second with poses estimated in turn, and beside the network
+    python3 -m eval.benchmark eval      # pairs per second, poses estimated after matching and beside it
 
-Times are medians of rounds in which everything takes its turn, so that what else the machine does hits all alike:
+Times are medians of rounds, each of which runs everything once, so that what else the machine does hits all alike:
 compare within a run.
 """
 import argparse
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dump import dump, make_scenes
-from dump.dump_megadepth import Recipe, dump_megadepth, recipe_of, report_of
-from dump.report import peak_memory_mb
-from eval.matchers import Network
-from eval.methods import Method
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
 from eval.pair_sets import Hdf5PairSet
-from eval.report import align
-from eval.run import PoseSetting, evaluate
+from eval.run import evaluate
 from eval.straightforward import Straightforward
+from eval.summary import align
+from imp_matching import ROOT
 from nets import SuperPoint, build_matcher
 from nets.assignment import assign
 from nets.matchers import POOL_THRESHOLD
-from tools.checkpoint import load_matcher, save_checkpoint
+from tools.checkpoint import SUPERPOINT, save_checkpoint
 from tools.cli import InputError, run
 from tools.distributed import choose_device
-from tools.files import write_json
-from tools.manifest import claim, keypoint_path, match_path, scene_path
-from tools.records import write_record
-from training.data import Choice, DumpSource, Samples, matching_mask
-from training.start import warm_start
+from tools.files import read_json, write_json
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCT_SIZE = 4096
 
 
 def median_seconds(functions: dict, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median time of each function {name: f()} over rounds in which all take their turn, after one to warm up."""
+    """Median time of each function {name: f()} over rounds that run each once, after one to warm up."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -56,7 +51,7 @@ def median_seconds(functions: dict, rounds: int, device: torch.device) -> dict[s
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(of_function[1:])) for name, of_function in times.items()}
+    return {name: float(np.median(seconds[1:])) for name, seconds in times.items()}
 
 
 def operations(n: int, dim: int, n_layers: int) -> float:
@@ -83,8 +78,11 @@ def two_views(n: int, dim: int, batch: int, device, supervised: bool = False) ->
         data[f"scores{v}"] = rng.uniform(0, 1, n)
     if supervised:
         target = np.argsort(order)
-        target[: n // 2] = -1  # half of the keypoints match
-        data["matching_mask"] = matching_mask(target, n, n)
+        target[: n // 2] = n  # half of the keypoints match, the others go to the dustbin
+        mask = np.zeros((n + 1, n + 1))
+        mask[np.arange(n), target] = 1
+        mask[n, :n] = 1 - mask[:n, :n].sum(axis=0)
+        data["matching_mask"] = mask
     return {key: torch.from_numpy(np.stack([value] * batch)).to(device, torch.float32) for key, value in data.items()}
 
 
@@ -97,25 +95,6 @@ def matchers(dim: int, n_layers: int, device) -> dict:
     return {"imp": imp, "eimp": eimp}
 
 
-def _call(function, arguments: tuple, pipe) -> None:
-    pipe.send(function(*arguments))
-
-
-def _in_new_process(function, *arguments):
-    """function(*arguments) in a process of its own, whose peak of memory is then its own too."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(function, arguments, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise InputError(f"the process that ran {function.__name__} ended without a result") from None
-    finally:
-        process.join()
-
-
 def _autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
@@ -125,8 +104,7 @@ def print_table(rows: list[dict]) -> None:
     def text(value):
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    table = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-    print(*align(table), sep="\n")
+    print(*align([{name: text(value) for name, value in row.items()} for row in rows]), sep="\n")
 
 
 # match
@@ -142,31 +120,23 @@ def match_half_kept(eimp, data: dict) -> tuple:
     return state.matches(0.2)
 
 
-def _peak_of_match(n: int, dim: int, n_layers: int) -> float:
-    imp = matchers(dim, n_layers, "cpu")["imp"].eval()
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory that this process held so far, on the device or, on Linux, altogether; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else 0
+
+
+def _extra_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float:
+    """Most memory that one-shot IMP of a pair takes beyond its weights and input, in a new process."""
+    imp = matchers(dim, n_layers, device)["imp"].eval()
     with torch.inference_mode():
         for size in (n // 16, n):  # what the libraries take for themselves is there after the first
-            data = two_views(size, dim, 1, "cpu")
-            before = peak_memory_mb(0)
+            data = two_views(size, dim, 1, device)
+            before = _peak_bytes(device)
             imp(data)
-    return peak_memory_mb(0) - before
-
-
-def peak_match_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float:
-    """Most memory that one-shot IMP of a pair took beyond its weights and input."""
-    if device.type == "cuda":
-        imp, data = matchers(dim, n_layers, device)["imp"].eval(), two_views(n, dim, 1, device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode():
-            imp(data)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    return _in_new_process(_peak_of_match, n, dim, n_layers)
-
-
-def _compiled(matcher, device: torch.device):
-    """The matcher compiled for fixed sizes, with CUDA graphs on a GPU."""
-    return torch.compile(matcher, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    return (_peak_bytes(device) - before) / 1e6
 
 
 def benchmark_match(args, device: torch.device) -> dict:
@@ -176,8 +146,11 @@ def benchmark_match(args, device: torch.device) -> dict:
     product = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
     for net in nets.values():
         net.eval()
-    compiled = _compiled(nets["imp"], device) if args.compile else None
-    against, variants = [], []
+    variants = {"IMP": nets["imp"], "EIMP": nets["eimp"]}
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
+        variants["IMP compiled"] = torch.compile(nets["imp"], dynamic=False, mode=mode)
+    against, rates = [], []
     for n in args.keypoints:
         data = two_views(n, args.dim, 1, device)
         functions = {
@@ -193,42 +166,40 @@ def benchmark_match(args, device: torch.device) -> dict:
             s = median_seconds(functions, args.rounds, device)
         rate = 2 * PRODUCT_SIZE ** 3 / s["product"]
         bound = operations(n, args.dim, args.layers) / rate
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            extra = pool.submit(_extra_megabytes, n, args.dim, args.layers, device).result()
         against.append({
             "keypoints": n, "product GFLOP/s": rate / 1e9, "bound s": bound, "IMP s": s["imp"],
             "IMP/bound": s["imp"] / bound, "straightforward IMP s": s["plain imp"], "x": s["plain imp"] / s["imp"],
             "EIMP s": s["eimp"], "straightforward EIMP s": s["plain eimp"], "x ": s["plain eimp"] / s["eimp"],
             f"IMP {n_fewer}/{args.layers}": s["fewer"] / s["imp"], "EIMP half kept/IMP": s["half"] / s["imp"],
-            "extra MB": peak_match_megabytes(n, args.dim, args.layers, device)})
+            "extra MB": extra})
         for precision in args.precision:
             for batch in args.batch:
                 many = {key: value.expand(batch, *value.shape[1:]).contiguous() for key, value in data.items()}
-                functions = {name: partial(net, many) for name, net in (("IMP", nets["imp"]), ("EIMP", nets["eimp"]),
-                                                                        ("IMP compiled", compiled)) if net is not None}
+                functions = {name: partial(net, many) for name, net in variants.items()}
                 with torch.inference_mode(), _autocast(precision, device):
                     seconds = median_seconds(functions, args.rounds, device)
-                variants.append({"keypoints": n, "precision": precision, "batch": batch,
+                rates.append({"keypoints": n, "precision": precision, "batch": batch,
                                  **{f"{name} pairs/s": batch / value for name, value in seconds.items()}})
     print(f"one pair, D {args.dim}, {args.layers} iterations, one-shot; bound: operations with shared attention kept, "
           f"at the rate of a {PRODUCT_SIZE}^3 product")
     print_table(against)
     print("\npairs per second")
-    print_table(variants)
-    return {"pair": against, "rates": variants}
+    print_table(rates)
+    return {"pair": against, "rates": rates}
 
 
 # train
 
-def _training_step(net, data: dict, optimizer, precision: str, device: torch.device) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def _loss(net, data: dict, precision: str, device: torch.device) -> torch.Tensor:
     with _autocast(precision, device):
-        loss = net(data)["loss"]
-    loss.backward()
-    optimizer.step()
+        return net(data)["loss"]
 
 
-def _straightforward_step(plain: Straightforward, data: dict, optimizer) -> None:
+def _step(loss, optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
-    plain.loss(data).backward()
+    loss().backward()
     optimizer.step()
 
 
@@ -236,29 +207,6 @@ def _assignments_step(data: dict, n_layers: int) -> None:
     x0, x1 = (data[f"descriptors{v}"].clone().requires_grad_() for v in "01")
     bin_score = torch.tensor(1.0, device=x0.device)
     sum(assign(x0, x1, bin_score, True, 20).sum() for _ in range(n_layers)).backward()
-
-
-def sample_milliseconds(rounds: int, n: int = 4096, chosen: int = 1024) -> float:
-    """Time to make a sample of `chosen` keypoints from records of n, read from a dump in the system's cache."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        claim(folder, {"format": "imp-dump", "version": 1, "feature_type": "sift", "settings": {"min_keypoints": 1024}})
-        K, poses = np.array([[1e3, 0, 800], [0, 1e3, 600], [0, 0, 1]]), [np.eye(4), np.eye(4)]
-        poses[1][0, 3] = 1
-        for i, pose in enumerate(poses):
-            write_record(keypoint_path(folder, "0", f"{i}.jpg", "sift"), {
-                "image_path": f"{i}.jpg", "depth_path": None, "image_size": np.array([1600, 1200]), "intrinsics": K,
-                "pose": pose, "keypoints": rng.uniform(0, 1600, (n, 2)).astype(np.float32),
-                "scores": rng.uniform(0, 1, n).astype(np.float32),
-                "descriptors": rng.normal(size=(n, 128)).astype(np.float16), "depth": np.ones(n, np.float32)})
-        write_record(match_path(folder, "0", 0), {
-            "image_path0": "0.jpg", "image_path1": "1.jpg", "intrinsics0": K, "intrinsics1": K, "pose0": poses[0],
-            "pose1": poses[1], "matches": np.stack([rng.permutation(n)[:n // 2] for _ in range(2)], axis=1),
-            "overlap": 0.5})
-        write_json(scene_path(folder, "0"), {"pairs": 1, "images": 2})
-        samples = Samples([DumpSource(folder)], Choice(chosen))
-        return 1e3 * median_seconds({"sample": lambda: samples[0]}, 10 * rounds, torch.device("cpu"))["sample"]
 
 
 def benchmark_train(args, device: torch.device) -> dict:
@@ -272,9 +220,10 @@ def benchmark_train(args, device: torch.device) -> dict:
                     layer.compile()
             optimizer = torch.optim.Adam(net.parameters(), fused=device.type == "cuda")
             for precision in args.precision:
-                functions[kind, precision] = partial(_training_step, net.train(), data, optimizer, precision, device)
+                functions[kind, precision] = partial(_step, partial(_loss, net.train(), data, precision, device),
+                                                     optimizer)
             plain = Straightforward(kind, net.state_dict(), training=True)
-            functions[kind, "straightforward"] = partial(_straightforward_step, plain, data,
+            functions[kind, "straightforward"] = partial(_step, partial(plain.loss, data),
                                                          torch.optim.Adam(plain.parameters.values()))
         s = median_seconds(functions, args.rounds, device)
         for kind in ("imp", "eimp"):
@@ -283,61 +232,42 @@ def benchmark_train(args, device: torch.device) -> dict:
                 rows.append({"network": kind, "keypoints": n, "precision": precision, "step s": step,
                              "samples/s": args.batch[0] / step, "straightforward s": plain, "x": plain / step,
                              "assignments' share": s["assignments"] / step})
-    milliseconds = sample_milliseconds(args.rounds)
     print(f"a step: batch {args.batch[0]}, D {args.dim}, {args.layers} iterations; assignments: scores, Sinkhorn and "
           "the backward of both; straightforward: float32")
     print_table(rows)
-    print(f"\na sample of 1024 keypoints from records of 4096: {milliseconds:.2f} ms on one core")
-    return {"step": rows, "sample_ms": milliseconds}
+    return {"step": rows}
 
 
 # dump, eval
 
-def _quietly(main, arguments: list) -> None:
-    """Run a command of ours without its own words on standard output; what it cannot do ends this one too."""
-    with open(os.devnull, "w") as nothing:
-        screen, sys.stdout = sys.stdout, nothing
-        try:
-            main([str(argument) for argument in arguments])
-        finally:
-            sys.stdout = screen
-
-
-def _dump(base_path, save_path, recipe: Recipe, workers: int) -> dict:
-    start = time.perf_counter()
-    summary = dump_megadepth(base_path, save_path, recipe, workers=workers)
-    return report_of(summary, time.perf_counter() - start, workers)
+def _run_command(module: str, *arguments, **environment) -> None:
+    """Run a command of ours without its words on standard output."""
+    words = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    if done.returncode:
+        raise InputError(f"{module} failed")
 
 
 def benchmark_dump(args, device: torch.device) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        base_path = args.base_path
-        if base_path is None:
-            _quietly(make_scenes.main, ["--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
-                                        "--size", *args.size, "--layouts", "megadepth"])
-            base_path = folder / "megadepth"
+        base_path = Path(args.base_path or folder / "megadepth").resolve()
+        if not args.base_path:
+            _run_command("dump.make_scenes", "--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
+                         "--size", *args.size, "--layouts", "megadepth")
         torch.manual_seed(0)
-        save_checkpoint(folder / "superpoint.pth", {"model": SuperPoint().state_dict()})  # rates need no trained ones
-        for feature, options in (("sift", {"contrast_threshold": 1e-5}), ("spp", {})):
-            recipe = recipe_of(feature, 64, device=str(device), **options)
-            if feature == "spp":
-                recipe = replace(recipe, extractor={**recipe.extractor, "weights": str(folder / "superpoint.pth")})
-            report = _in_new_process(_dump, base_path, folder / feature, recipe, args.workers)
-            rows.append({"features": feature, **{name: report[name] for name in (
+        save_checkpoint(folder / SUPERPOINT, {"model": SuperPoint().state_dict()})  # rates need no trained ones
+        for feature, options in (("sift", ["--contrast_threshold", 1e-5]), ("spp", [])):
+            report = folder / f"{feature}.json"
+            _run_command("dump.dump_megadepth", "--feature_type", feature, "--base_path", base_path, "--save_path",
+                         folder / feature, "--min_keypoints", 64, "--workers", args.workers, "--device", device,
+                         "--report", report, *options, IMP_WEIGHTS=str(folder))
+            rows.append({"features": feature, **{name: value for name, value in read_json(report).items() if name in (
                 "images", "images_per_second", "pairs", "pairs_per_second", "megabytes_per_image", "peak_memory_mb")}})
     print(f"dump.dump_megadepth, {args.workers} workers, up to 4096 keypoints an image; SuperPoint with random weights")
     print_table(rows)
     return {"dump": rows}
-
-
-def _evaluated_matcher(weights):
-    if weights:
-        return load_matcher(weights, "imp", 128)
-    matcher = build_matcher("imp", descriptor_dim=128, n_layers=9)
-    warm_start(matcher)
-    return matcher.eval()
 
 
 def benchmark_eval(args, device: torch.device) -> dict:
@@ -345,31 +275,30 @@ def benchmark_eval(args, device: torch.device) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        _quietly(make_scenes.main, ["--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
-                                    "--pairs", 8, "--layouts", "scannet"])
+        _run_command("dump.make_scenes", "--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
+                     "--pairs", 8, "--layouts", "scannet")
         raw = folder / "scannet"
         (folder / "dump.yaml").write_text(
             f"dataset: scannet\nfeature_type: sift\nraw_data_dir: {raw}\noutput: {folder / 'sift.hdf5'}\n"
             f"pair_list: {raw / 'pairs.txt'}\nextractor: {{max_keypoints: {args.keypoints[0]}, "
             "contrast_threshold: 1.0e-5}\n")
-        _quietly(dump.main, ["--config", folder / "dump.yaml"])
+        _run_command("dump.dump", "--config", folder / "dump.yaml")
         pair_set = Hdf5PairSet(folder / "sift.hdf5", raw)
-        torch.manual_seed(0)
-        matcher = Network(_evaluated_matcher(args.weights).to(device), 0.2)
+        matcher = MATCHERS["IMP"](MatcherSettings(weights=args.weights, device=str(device)))
         for name, method in (("one-shot", Method(matcher)), ("iterative", Method(matcher, iterative=True))):
             for workers in sorted({0, args.workers}):
                 start = time.perf_counter()
                 results, _ = evaluate(pair_set, {name: method}, [PoseSetting(args.estimator, 3.0)], device=device,
                                       workers=workers)
                 wall = (time.perf_counter() - start) / len(pair_set)
-                (of_method,) = results.values()
-                seconds = {stage: float(np.mean([result.seconds[stage] for result in of_method[name]]))
+                (by_method,) = results.values()
+                seconds = {stage: float(np.mean([result.seconds[stage] for result in by_method[name]]))
                            for stage in ("matching", "pose")}
                 rows.append({"IMP": name, "pose processes": workers, "pairs": len(pair_set), "wall ms": 1e3 * wall,
                              "matching ms": 1e3 * seconds["matching"], "pose ms": 1e3 * seconds["pose"],
                              "pairs/s": 1 / wall})
     print(f"evaluation, {args.keypoints[0]} keypoints, {args.estimator}; ms per pair; "
-          f"{'weights ' + args.weights if args.weights else 'untrained, as a nearest-neighbour matcher'}")
+          f"weights {matcher.path}")
     print_table(rows)
     return {"eval": rows}
 
@@ -381,7 +310,7 @@ KEYPOINTS = {"match": [512, 1024, 2048], "train": [512], "dump": [], "eval": [20
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="part", required=True)
     for name in BENCHMARKS:
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
@@ -402,7 +331,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             command.add_argument("--size", type=int, nargs=2, default=(1600, 1200), metavar=("W", "H"))
             command.add_argument("--base_path", help="scenes in MegaDepth's layout, instead of procedural ones")
         if name == "eval":
-            command.add_argument("--weights", help="of an IMP for sift")
+            command.add_argument("--weights", help="of an IMP for sift (default: the best in weights/)")
             command.add_argument("--estimator", default="magsac")
     return parser.parse_args(argv)
 
@@ -410,11 +339,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     device = choose_device(args.device)
-    if args.what == "train" and len(args.batch) > 1:
+    if args.part == "train" and len(args.batch) > 1:
         raise InputError("--batch: train takes one number")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}")
-    numbers = BENCHMARKS[args.what](args, device)
+    numbers = BENCHMARKS[args.part](args, device)
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "machine": where, **numbers})
     return 0

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from eval.image_matcher import ImageMatcher, describe_pose
-from eval.matchers import NETWORKS
+from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, run, whole_number
 from tools.files import check_folder
 from tools.pair_list import read_pair_list
@@ -25,7 +25,8 @@ from tools.visualize import STRIP_COLUMNS, write_strip
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser("eval.draw_overview", description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
-    parser.add_argument("--matching_method", choices=NETWORKS, default="EIMP", help="(default: %(default)s)")
+    parser.add_argument("--matching_method", choices=[name for name, kind in MATCHERS.items() if kind.iterates],
+                        default="EIMP", help="(default: %(default)s)")
     parser.add_argument("--pairs", default="assets/overview_pair.txt",
                         help="pair list with ground truth, of which the first is drawn (default: %(default)s)")
     parser.add_argument("--image_dir", default="runs/demo/test_scenes/scannet",

@@ -20,34 +20,15 @@ import cv2
 import numpy as np
 import torch
 
+from eval import summary
+from eval.iterative import PairMatches, Schedule
 from eval.journal import Journal
-from eval.matchers import MATCHERS, NETWORKS, MatcherSettings, Network
-from eval.methods import Method
-from eval.pair_sets import (
-    EvalPair,
-    Hdf5PairSet,
-    ListPairSet,
-    read_scannet_pairs,
-    upright_images,
-)
-from eval.report import (
-    best_settings,
-    format_iterations,
-    format_sweep,
-    format_table,
-    plot_iterations_used,
-    plot_pose_recall,
-    plot_time_auc,
-    summarize,
-    sweep_thresholds,
-    write_iterations_csv,
-    write_pairs_csv,
-    write_results,
-)
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting, default_feature_type
+from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
-from eval.run import PoseSetting, Results, evaluate, pose_errors, run_pair
+from eval.run import Results, evaluate, pose_errors, run_pair
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
-from tools.config import read_yaml
+from tools.config import read_config
 from tools.distributed import choose_device
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
@@ -62,7 +43,7 @@ DATASETS = ("yfcc", "scannet", "megadepth1500")
 DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, None: 3.0}  # pixels
 SWEEP = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # pixels
 JOURNALS = ("journal.jsonl", "journal_iterative.jsonl")  # the second one for the loops after a sweep
-# what an unfinished run may be gone on with: it changes which pairs are done, how fast, and what is drawn of them
+# an unfinished run may resume with another value: it changes which pairs are done, how fast, and what is drawn of them
 FREE_TO_CHANGE = ("limit", "workers", "pictures", "save_path")
 MEGADEPTH1500_SCENES = ("0015", "0022")
 
@@ -74,9 +55,9 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     results: those of `evaluate` with `setting`. Pairs without a known pose are ordered by their number of matches.
     Returns (name, reason) of pictures not drawn.
     """
-    *_, rows = results.values()
-    ranking = sorted(range(len(rows)), key=lambda i: (rows[i].error is None, rows[i].error or 0, -rows[i].n_matches))
-    chosen = [ranking[place] for place in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]
+    *_, last = results.values()
+    ranking = sorted(range(len(last)), key=lambda i: (last[i].error is None, last[i].error or 0, -last[i].n_matches))
+    chosen = [ranking[place] for place in np.unique(np.linspace(0, len(last) - 1, count).round().astype(int))]
     names = ["easy", *(f"middle{number}" for number in range(1, len(chosen) - 1)), "hard"]
     for pattern in ("pairs_easy.png", "pairs_middle*.png", "pairs_hard.png"):  # of an earlier run, they would mislead
         for stale in Path(folder).glob(pattern):
@@ -84,27 +65,23 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
     failed = []
     for name, i in zip(names, chosen):
         try:
-            write_image(Path(folder) / f"pairs_{name}.png", _draw_pair(
-                pair_set[rows[i].index], methods, {method: results[method][i] for method in methods}, setting, device))
+            pair = pair_set[last[i].index]
+            images, (by_method,) = upright_images(pair), run_pair(pair, methods, [setting], device).values()
+            strips = [_draw_pair(pair, images, method, found, results[method][i])
+                      for method, found in by_method.items()]
+            write_image(Path(folder) / f"pairs_{name}.png", cv2.vconcat(strips))
         except Exception as error:
             failed.append((f"pairs_{name}.png", reason(error)))
     return failed
 
 
-def _draw_pair(pair: EvalPair, methods: dict[str, Method], rows: dict[str, PairResult], setting: PoseSetting,
-               device) -> np.ndarray:
-    images, strips = upright_images(pair), []
-    for method, outcome in run_pair(pair, methods, [setting], device)[setting].items():
-        row = rows[method]
-        title = [f"{method}   {row.names[0]}   {row.names[1]}"]
-        if row.error is not None:
-            title.append(f"rotation {row.error_R:.1f}, translation {row.error_t:.1f} degrees off; "
-                         f"{row.n_inliers} inliers" if np.isfinite(row.error) else "no pose found")
-        matches = outcome.all_matches[outcome.used]
-        strips.append(draw_matches(
-            *images, pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], title,
-            epipolar_errors(pair, matches), outcome.all_scores[outcome.used], PRECISION_THRESHOLD))
-    return cv2.vconcat(strips)
+def _draw_pair(pair: EvalPair, images, method: str, found: PairMatches, result: PairResult) -> np.ndarray:
+    title = [f"{method}   {'   '.join(pair.names)}"]
+    if result.error is not None:
+        title.append(f"rotation {result.error_R:.1f}, translation {result.error_t:.1f} degrees off; "
+                     f"{result.n_inliers} inliers" if np.isfinite(result.error) else "no pose found")
+    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, epipolar_errors(pair, found.matches),
+                        found.scores, PRECISION_THRESHOLD)
 
 
 def build_pair_set(args):
@@ -117,7 +94,10 @@ def build_pair_set(args):
     config_path = args.config or f"configs/{args.dataset}_eval_{args.feature_type}.yaml"
     path, image_dir, config = args.hdf5, args.image_dir, {}
     if args.config or not (path and image_dir):
-        config = _read_config(config_path)
+        config = read_config(config_path)
+        for is_theirs, translate in ((is_eval_config, from_eval_config), (is_dump_config, from_dump_config)):
+            if is_theirs(config):  # the original's
+                config = translate(config, str(config_path))
         for key, value in (("dataset", args.dataset), ("feature_type", args.feature_type)):
             if config.get(key, value) != value:
                 raise InputError(f"{config_path} is for {key} {config[key]}, not {value}")
@@ -129,14 +109,6 @@ def build_pair_set(args):
     limit, max_keypoints = config.get("limit"), config.get("max_keypoints")
     args.limit, args.max_keypoints = args.limit or limit, max_keypoints or args.max_keypoints
     return Hdf5PairSet(path, image_dir, FEATURE_TYPES[args.feature_type].dim, max_keypoints)
-
-
-def _read_config(path) -> dict:
-    """A YAML file of dump.dump or of the original: output, raw_data_dir and what else it says."""
-    config = read_yaml(path)
-    if is_eval_config(config):
-        return from_eval_config(config, str(path))
-    return from_dump_config(config, str(path)) if is_dump_config(config) else config
 
 
 def _build_list_set(args) -> ListPairSet:
@@ -151,7 +123,7 @@ def _build_list_set(args) -> ListPairSet:
         pairs = read_pair_list(args.pairs)
     settings = FEATURE_TYPES[args.feature_type].eval_settings
     settings = {**settings, **{key: value for key, value in vars(args).items() if key in settings}}
-    extractor = build_extractor(args.feature_type, device=args.device, **settings)
+    extractor = build_extractor(args.feature_type, args.feature_weights, device=args.device, **settings)
     return ListPairSet(pairs, args.image_dir, extractor, args.resize, args.depth_dir, camera)
 
 
@@ -161,33 +133,29 @@ def build_methods(args) -> dict[str, Method]:
     if count > 1:
         raise InputError(f"--matching_method names {name} {count} times: name it once, and give other --weights a run "
                          "of their own")
-    networks = [name for name in args.matching_method if name in NETWORKS]
+    networks = [name for name in args.matching_method if MATCHERS[name].takes_weights]
     weights = args.weights or [None]
     if args.weights and (not networks or len(weights) not in (1, len(networks))):
         raise InputError(f"--weights names {len(weights)} files for the networks {', '.join(networks) or '(none)'}: "
                          "give one for each, in their order, or one for all")
     weights = dict(zip(networks, weights if len(weights) > 1 else weights * len(networks)))
+    schedule = Schedule(args.schedule[0] - 1, args.schedule[1]) if args.schedule else None
     methods = {}
     for name in args.matching_method:
-        matcher = MATCHERS[name](MatcherSettings(
+        method = Method(MATCHERS[name](MatcherSettings(
             args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
-            args.match_threshold, args.n_layers, args.device))
-        if args.plot_time_auc and name in networks:
+            args.match_threshold, args.n_layers, args.device, not args.no_pruning, schedule)))
+        matcher = method.matcher
+        if args.plot_time_auc and matcher.iterates:
             for n_iterations in range(3, matcher.n_iterations, 2):
-                methods[f"{name} {n_iterations} iterations"] = Method(matcher.with_iterations(n_iterations))
-        methods[name] = Method(matcher)
-        if args.use_iterative and name in networks:
+                methods[f"{name} {n_iterations} iterations"] = method.with_iterations(n_iterations)
+        methods[name] = method
+        if args.use_iterative and matcher.iterates:
             uncertain = args.use_uncertainty and matcher.network.pools
             row = f"{name} iterative{', uncertainty' if uncertain else ''}"
-            methods[row] = Method(matcher, True, uncertain, args.protocol == "published")
+            methods[row] = replace(method, iterative=True, use_uncertainty=uncertain,
+                                   published=args.protocol == "published")
     return methods
-
-
-def weights_used(methods: dict[str, Method]) -> dict[str, dict]:
-    """{method: path and short SHA-256 of its weights}, for the networks."""
-    paths = {name: method.matcher.path for name, method in methods.items() if isinstance(method.matcher, Network)}
-    hashes = {path: file_hash(path) for path in set(paths.values())}
-    return {name: {"path": str(path), "sha256": hashes[path]} for name, path in paths.items()}
 
 
 def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, list[str]]:
@@ -196,34 +164,29 @@ def warn_of_training_scenes(pair_set, methods: dict[str, Method]) -> dict[str, l
     A scene is tested if a folder in the name of an image has its name. Returns {weight file: scenes}.
     """
     folders = {part for name in pair_set.image_names() for part in PurePosixPath(name).parts[:-1]}
-    networks = {str(method.matcher.path): method.matcher for method in methods.values()
-                if isinstance(method.matcher, Network)}
+    scenes_by_path = {str(method.matcher.path): method.matcher.scenes for method in methods.values()
+                      if method.matcher.path}
     found = {}
-    for path, network in networks.items():
-        tested = sorted(folders & set(network.scenes or ()))
+    for path, scenes in scenes_by_path.items():
+        tested = sorted(folders & set(scenes or ()))
         if tested:
             found[path] = tested
             print(f"warning: {path} was trained on {', '.join(tested[:5])}{', ...' if len(tested) > 5 else ''}, which "
                   "this set tests: its numbers do not tell how it does on other scenes", file=sys.stderr)
-        elif network.scenes is None and folders >= set(MEGADEPTH1500_SCENES):
+        elif scenes is None and folders >= set(MEGADEPTH1500_SCENES):
             print(f"note: {path} does not say which scenes it was trained on; the usual list has "
                   f"{' and '.join(MEGADEPTH1500_SCENES)}, which this set tests", file=sys.stderr)
     return found
 
 
-def _file_stamp(path) -> list:
-    """Path, size and time of change of a file, or of the files in a folder."""
-    paths = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
 def journal_settings(args, pair_set, methods: dict[str, Method]) -> dict:
-    """What results depend on: options, and the files that are read."""
+    """What results depend on: options, and path, size and time of change of the files that are read."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    paths = {method.matcher.path for method in methods.values() if isinstance(method.matcher, Network)}
-    files = [*map(str, sorted(paths)), args.pairs or str(pair_set.path)]
-    return {**settings, "files": [stamp for path in files for stamp in _file_stamp(path)],
-            "torch": torch.__version__, "opencv": cv2.__version__}
+    paths = sorted({Path(method.matcher.path) for method in methods.values() if method.matcher.path})
+    pairs = Path(args.pairs or pair_set.path)
+    paths += sorted(pairs.iterdir()) if pairs.is_dir() else [pairs]
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return {**settings, "files": stamps, "torch": torch.__version__, "opencv": cv2.__version__}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -235,8 +198,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
                         "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
                         "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
-    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), default="spp",
-                        help="local features (default: %(default)s)")
+    parser.add_argument("--feature_type", choices=list(FEATURE_TYPES),
+                        help="local features (default: aliked for LightGlue, else spp)")
     parser.add_argument("--protocol", choices=("default", "published"), default="default",
                         help="published: as the published program: MAGSAC++ with 1000 iterations, a match in front of "
                         "both cameras an inlier, pooling in the loop with --use_uncertainty alone")
@@ -244,6 +207,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="also match iteratively with each network, until the pose stays the same")
     parser.add_argument("--use_uncertainty", action="store_true",
                         help="in this loop, let EIMP keep more keypoints where few matches agree with the pose")
+    parser.add_argument("--schedule", type=whole_number(1), nargs=2, metavar=("FIRST", "EVERY"),
+                        help="of this loop: look at matches after so many iterations, then after each EVERY more "
+                        "(default: 4 2, of LightGlue 3 1)")
+    parser.add_argument("--no_pruning", action="store_true",
+                        help="in this loop, let LightGlue keep all keypoints")
     parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "
                         "configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")
@@ -251,10 +219,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--depth_dir", help="depth maps of the pair list's images: a/b.h5 or a/b.png for a/b.jpg")
     parser.add_argument("--weights", nargs="+", metavar="FILE",
                         help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
+    parser.add_argument("--feature_weights", metavar="FILE", help="pair list: of the network of the local features")
     parser.add_argument("--use_dual_softmax", action="store_true", help="dual softmax instead of Sinkhorn")
     parser.add_argument("--n_layers", type=int, help="iterations of the network (default: all)")
-    parser.add_argument("--match_threshold", type=number(0, 1), default=0.2,
-                        help="score of a network's match (default: %(default)s)")
+    parser.add_argument("--match_threshold", type=number(0, 1),
+                        help="score of a network's match (default: 0.2, of LightGlue 0.1)")
     parser.add_argument("--ratio", type=number(0, 1), default=0.8, help="of NN_ratio (default: %(default)s)")
     parser.add_argument("--threshold", type=_threshold, metavar="PIXELS",
                         help="of the pose estimator (default: 1 for yfcc and megadepth1500, else 3); sweep: try "
@@ -277,7 +246,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         "else is of the first (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--workers", type=whole_number(0), default=0, help="processes that estimate poses while the "
-                        "network runs; 0: all in turn, for times that can be compared (default: %(default)s)")
+                        "network runs; 0: one after the other, for times that can be compared (default: %(default)s)")
     parser.add_argument("--plot_time_auc", action="store_true",
                         help="also run each network with 3, 5, 7, ... iterations, and plot AUC over time")
     parser.add_argument("--pictures", type=whole_number(0), default=4,
@@ -294,6 +263,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--use_uncertainty goes with --use_iterative")
     if args.protocol == "published" and args.estimator != "magsac":
         parser.error("--protocol published goes with --estimator magsac")
+    args.feature_type = args.feature_type or default_feature_type(args.matching_method)
     args.device = str(choose_device(args.device))
     if args.threshold is None:
         args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]
@@ -321,10 +291,10 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
     settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators for threshold in thresholds
                 for k in range(args.estimator_seeds)]
-    made_of = journal_settings(args, pair_set, methods)
+    depends_on = journal_settings(args, pair_set, methods)
 
     def evaluate_some(journal_name, some, settings):
-        with Journal(Path(args.save_path) / journal_name, made_of) as journal:
+        with Journal(Path(args.save_path) / journal_name, depends_on) as journal:
             return evaluate(pair_set, some, settings, args.device, args.limit, args.workers, journal)
 
     if args.threshold != "sweep":
@@ -335,26 +305,25 @@ def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, li
     results, skipped = evaluate_some(JOURNALS[0], one_shot, settings)
     if not any(pose_errors(rows) for rows in results[settings[0]].values()):
         raise InputError("--threshold sweep needs pairs with a known pose")
-    sweep = sweep_thresholds(results)
-    best = best_settings(sweep, args.seed)
+    sweep = summary.sweep_thresholds(results)
+    best = summary.best_settings(sweep, args.seed)
     if not loops:
         return {setting: results[setting] for setting in best}, skipped, sweep
-    more, failed = evaluate_some(JOURNALS[1], loops, best)
+    loop_results, failed = evaluate_some(JOURNALS[1], loops, best)
     both = {}
     for setting in best:
-        rows = results[setting] | more[setting]
-        common = set.intersection(*({row.index for row in of_method} for of_method in rows.values()))
+        rows = results[setting] | loop_results[setting]
+        common = set.intersection(*({row.index for row in rows[name]} for name in methods))
         both[setting] = {name: [row for row in rows[name] if row.index in common] for name in methods}
-    known = dict(skipped)
-    skipped += [item for item in failed if item[0] not in known]
-    order = {pair_set.name(i): i for i in range(len(pair_set))}
-    return both, sorted(skipped, key=lambda item: order[item[0]]), sweep
+    reasons = dict(failed) | dict(skipped)
+    names = [pair_set.name(i) for i in range(len(pair_set))]
+    return both, [(name, reasons[name]) for name in names if name in reasons], sweep
 
 
 def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSetting, list]]:
     """Results with the first seed, and for each of these settings those with the other seeds."""
-    first = {setting: of_setting for setting, of_setting in results.items() if setting.seed == seed}
-    others = {setting: [of_other for other, of_other in results.items()
+    first = {setting: by_method for setting, by_method in results.items() if setting.seed == seed}
+    others = {setting: [by_method for other, by_method in results.items()
                         if other != setting and replace(other, seed=seed) == setting] for setting in first}
     return first, others
 
@@ -363,61 +332,52 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     check_folder(args.save_path)
     pair_set, methods = build_pair_set(args), build_methods(args)
-    more = {"weights": weights_used(methods)}
+    paths = {name: str(method.matcher.path) for name, method in methods.items() if method.matcher.path}
+    hashes = {path: file_hash(path) for path in set(paths.values())}
+    notes = {"weights": {name: {"path": path, "sha256": hashes[path]} for name, path in paths.items()}}
     trained_on = warn_of_training_scenes(pair_set, methods)
     results, skipped, sweep = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
         raise InputError(f"none of the pairs could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     results, others = by_first_seed(results, args.seed)
-    summaries = {setting: summarize(of_setting, args.seed, others[setting]) for setting, of_setting in results.items()}
-    for setting, summary in summaries.items():
+    tables = {setting: summary.summarize(by_method, args.seed, others[setting])
+              for setting, by_method in results.items()}
+    for setting, table in tables.items():
         best = ", the best threshold on these very pairs and so an optimistic one" if sweep else ""
-        print(f"{setting}{best}", format_table(summary), sep="\n")
-        for method, numbers in summary.items():
+        print(f"{setting}{best}", summary.format_table(table), sep="\n")
+        for method, numbers in table.items():
             if numbers.get("by_iteration"):
-                print(f"\n{method}", format_iterations(numbers), sep="\n")
+                print(f"\n{method}", summary.format_iterations(numbers), sep="\n")
         print()
     if args.protocol == "published":
         print("protocol: published (its published figures could not be checked with this program)")
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
     if sweep:
-        print(format_sweep(sweep))
-        more["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
+        print(summary.format_sweep(sweep))
+        notes["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
     if trained_on:
-        more["trained_on_tested_scenes"] = trained_on
+        notes["trained_on_tested_scenes"] = trained_on
 
     folder = Path(args.save_path)
-    write_results(folder / "results.json", vars(args), summaries, skipped, **more)
-    write_pairs_csv(folder / "pairs.csv", results)
-    first, summary = next(iter(summaries.items()))
-    drawn = {name: method for name, method in methods.items() if not name.endswith(" iterations")}
-    scored = any(numbers["pairs_with_pose"] for numbers in summary.values())
+    summary.write_results(folder / "results.json", vars(args), tables, skipped, **notes)
+    summary.write_pairs_csv(folder / "pairs.csv", results)
+    first, table = next(iter(tables.items()))
+    drawn = {name: method for name, method in methods.items() if not method.shortened}
+    scored = any(numbers["pairs_with_pose"] for numbers in table.values())
     if scored:
-        plot_pose_recall(folder / "pose_recall.png", {setting: {name: of_setting[name] for name in drawn}
-                                                      for setting, of_setting in results.items()})
-    if args.use_iterative and any(numbers.get("by_iteration") for numbers in summary.values()):
-        write_iterations_csv(folder / "iterations.csv", results)
-        plot_iterations_used(folder / "iterations_used.png", results)
+        summary.plot_pose_recall(folder / "pose_recall.png", {
+            setting: {name: by_method[name] for name in drawn} for setting, by_method in results.items()})
+    if any(numbers.get("by_iteration") for numbers in table.values()):
+        summary.write_iterations_csv(folder / "iterations.csv", results)
+        summary.plot_iterations_used(folder / "iterations_used.png", results)
     if args.plot_time_auc and scored:
-        plot_time_auc(folder / "time_auc.png", summary, time_auc_series(methods))
+        summary.plot_time_auc(folder / "time_auc.png", table, methods)
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
     for name in JOURNALS:  # all is written: there is nothing left to resume
         (folder / name).unlink(missing_ok=True)
     print(f"results: {folder}")
     return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))
-
-
-def time_auc_series(methods: dict[str, Method]) -> dict[str, tuple[list[str], str | None]]:
-    """{network: (its one-shot methods, fewest iterations first, the loop or None)}, for `plot_time_auc`."""
-    series = {}
-    for name in methods:
-        if name not in NETWORKS:
-            continue
-        one_shot = [other for other in methods if other.startswith(f"{name} ") and other.endswith(" iterations")]
-        loop = next((other for other in methods if other.startswith(f"{name} iterative")), None)
-        series[name] = ([*one_shot, name], loop)
-    return series
 
 
 if __name__ == "__main__":

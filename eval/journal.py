@@ -2,17 +2,18 @@
 
     {"format": "imp-eval-journal", "version": 3, "settings": {...}}       first line: what the results depend on
     {"pair": 17, "results": [{"method": ..., "estimator": ..., "threshold": ..., "seed": ..., "result": {...}},
-                              ...]}
+                              ...], "crc32": ...}
     ...
 
 `pair` is the place in the set, `result` the fields of `eval.results.PairResult`; an error without a pose is Infinity,
-as Python's json writes it. A line is written when its pair is finished. A line that is damaged, or not whole, as an
-interruption may leave it, is dropped, and its pair is done again.
+as Python's json writes it; `crc32` is of the line without it. A line is written when its pair is finished. A line that
+is damaged, or not whole, as an interruption may leave it, is dropped, and its pair is done again.
 """
 import contextlib
 import errno
 import json
 import os
+import zlib
 from pathlib import Path
 
 from tools.cli import InputError, OutputError
@@ -25,8 +26,8 @@ VERSION = 3
 
 
 class Journal:
-    """An open journal. finished: what it held when it was opened, {pair: results as in the format, not checked};
-    n_damaged: lines that were dropped.
+    """An open journal. finished: what it held when it was opened, {pair: results as in the format}; n_damaged: lines
+    that were dropped.
 
     settings: what the results depend on, as JSON. Raises InputError if the file holds pairs done with other settings,
     if it is not a journal, or if another process has it open. A link in its place is replaced. To be used in a with
@@ -35,7 +36,6 @@ class Journal:
 
     def __init__(self, path, settings: dict):
         self.path = Path(path)
-        header = {"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))}
         self.finished, self.n_damaged, self.n_added = {}, 0, 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,41 +50,36 @@ class Journal:
             if not try_lock(self.file):
                 raise InputError(f"another evaluation is writing to {self.path.parent}: wait for it, or name another "
                                  "--save_path")
-            self._read(header)
+            self._read({"format": FORMAT, "version": VERSION, "settings": json.loads(json.dumps(settings))})
         except Exception:
             self.file.close()
             raise
 
     def _read(self, header: dict) -> None:
         self.file.seek(0)
-        data = self.file.read()
-        *lines, torn = data.split(b"\n")
-        first, *lines = lines or [b""]
-        made, good, n_before = _parse(first), [first], len(first) + 1  # bytes in front of the first damaged line
-        if data and (made.get("format") != FORMAT or not isinstance(made.get("settings"), dict)):
+        first, *lines = self.file.read().splitlines(keepends=True) or [b""]
+        made = _parse(first)
+        if first and (made.get("format") != FORMAT or not isinstance(made.get("settings"), dict)):
             raise InputError(f"{self.path} is not a journal of an evaluation: move it away")
+        good, n_intact = [], len(first)  # bytes in front of the first damaged line
         for line in lines:
             content = _parse(line)
-            if type(content.get("pair")) is int and isinstance(content.get("results"), list):
+            if line.endswith(b"\n") and content.pop("crc32", None) == _checksum(content):
                 self.finished[content["pair"]] = content["results"]
                 good.append(line)
-                n_before += 0 if self.n_damaged else len(line) + 1
+                n_intact += 0 if self.n_damaged else len(line)
             else:
                 self.n_damaged += 1
-        self.n_damaged += bool(torn)
         if not self.finished:
             self.file.truncate(0)
-            self._write(header)
+            self._append(header)
             return
         check_settings(made, header, f"{self.path}, an unfinished run (delete it to start anew),")
-        kept = b"".join(line + b"\n" for line in good)
-        self.file.truncate(n_before)
-        self._append(kept[n_before:])
+        self.file.truncate(n_intact)
+        self.file.write((first + b"".join(good))[n_intact:])
 
-    def _write(self, content: dict) -> None:
-        self._append(json.dumps(content).encode() + b"\n")
-
-    def _append(self, data: bytes) -> None:
+    def _append(self, content: dict) -> None:
+        data = json.dumps(content).encode() + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(data) != len(data):
@@ -95,7 +90,8 @@ class Journal:
 
     def add(self, pair: int, results: list[dict]) -> None:
         """Append a finished pair."""
-        self._write({"pair": pair, "results": results})
+        content = {"pair": pair, "results": results}
+        self._append({**content, "crc32": _checksum(content)})
         self.n_added += 1
 
     def __enter__(self):
@@ -115,3 +111,7 @@ def _parse(line: bytes) -> dict:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content).encode())

@@ -15,6 +15,7 @@ For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.lo
 docs/formats.md lists its arrays.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -28,8 +29,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.image_matcher import ImageMatcher, ImageMatches, View, describe_pose, focal_K
-from eval.matchers import MATCHERS, NETWORKS
+from eval.image_matcher import ImageMatcher, ImageMatches, LoadedImage, describe_pose, focal_K
+from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
@@ -119,7 +120,7 @@ class Cameras:
     K1: np.ndarray | None = None
     focal: float | None = None
 
-    def of(self, pair: Pair, view0: View, view1: View) -> tuple:
+    def choose(self, pair: Pair, view0: LoadedImage, view1: LoadedImage) -> tuple:
         """K0 and K1 of a pair, those of its list before the command line's; None where nothing is given."""
         if pair.K0 is not None:
             return pair.K0, pair.K1
@@ -160,6 +161,19 @@ def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
         return False
 
 
+def model_used_before(save_path: Path) -> tuple | None:
+    """Method, features and weights of the results in a folder, so that it is resumed with them: None if there are
+    none, or they are of a method that has to be named."""
+    for path in sorted(save_path.glob("*.npz")):
+        with contextlib.suppress(Exception):  # torn, or not ours
+            with np.load(path) as content:
+                settings = json.loads(str(content["settings"]))
+            model = tuple(settings[name] for name in ("matching_method", "feature_type", "weights"))
+            if model[0] in ("IMP", "EIMP", "LightGlue"):
+                return model
+    return None
+
+
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
                 with_iterations: bool = False) -> tuple[Counter, list[tuple[str, str]]]:
     """Match pairs and write their files (`write_pair`); those that are complete are left as they are.
@@ -167,11 +181,11 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
     Each image is read once, and kept for as long as pairs of it are to come. Returns counts, and (name, reason) of the
     images that could not be read and of the pairs that could not be matched.
     """
-    def settings_of(pair):
+    def settings(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
 
     jobs = [(pair, save_path / name) for pair, name in zip(pairs, output_names(pairs)) if not is_complete(
-        save_path / name, settings_of(pair), [image_dir / pair.image0, image_dir / pair.image1])]
+        save_path / name, settings(pair), [image_dir / pair.image0, image_dir / pair.image1])]
     counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
     uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
     views, failed = {}, {}
@@ -185,8 +199,8 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
         view0, view1 = (views.get(key) for key in image_keys(pair))
         if view0 is not None and view1 is not None:
             try:
-                found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
-                write_pair(found, path, settings_of(pair), with_iterations)
+                found = matcher.match(view0, view1, *cameras.choose(pair, view0, view1), pair.T_0to1)
+                write_pair(found, path, settings(pair), with_iterations)
             except Exception as error:
                 failed[f"{pair.image0} {pair.image1}"] = reason(error)
             else:
@@ -250,6 +264,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
+    parser.add_argument("--feature_weights", metavar="FILE", help="of the network of the local features")
     parser.add_argument("--one_shot", action="store_true",
                         help="all matches of the last iteration, no poses on the way")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
@@ -278,7 +293,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--K1 goes with --K0")
     if args.K0 and args.focal:
         parser.error("give --K0 or --focal, not both")
-    if args.draw_iterations and (args.one_shot or args.matching_method not in (None, *NETWORKS)):
+    iterates = args.matching_method is None or MATCHERS[args.matching_method].iterates
+    if args.draw_iterations and (args.one_shot or not iterates):
         parser.error("--draw_iterations goes with a network, and not with --one_shot: nothing else has iterations")
     return args
 
@@ -293,15 +309,18 @@ def main(argv=None) -> int:
     K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
               for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
-    matcher = ImageMatcher(args.matching_method, args.feature_type, args.weights, args.resize, args.max_keypoints,
-                           args.estimator, args.threshold, args.one_shot, args.seed, args.device)
+    model = args.matching_method, args.feature_type, args.weights
+    if not any(model):
+        model = model_used_before(save_path) or model
+    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold,
+                           args.one_shot, args.seed, args.device, args.feature_weights)
     used = matcher.settings
     print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
 
     if len(pairs) == 1:
         (pair,) = pairs
         view0, view1 = (matcher.load(image_dir / name, turns, name) for name, turns in image_keys(pair))
-        found = matcher.match(view0, view1, *cameras.of(pair, view0, view1), pair.T_0to1)
+        found = matcher.match(view0, view1, *cameras.choose(pair, view0, view1), pair.T_0to1)
         print(describe(found))
         if args.draw_iterations and not found.steps:
             print("no iterations to draw: they take both K, and keypoints in both images", file=sys.stderr)

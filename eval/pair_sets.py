@@ -79,6 +79,10 @@ class EvalPair:
         if self.T_0to1 is not None and not is_rigid(self.T_0to1):
             raise InputError("the pose is not a rotation and a translation")
 
+    def matched_keypoints(self, matches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keypoints (M, 2) of both views, row i of one matches row i of the other; matches (M, 2): indices."""
+        return self.features0.keypoints[matches[:, 0]], self.features1.keypoints[matches[:, 1]]
+
 
 def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
     """Both images of a pair, (H, W, 3) BGR, turned as its keypoints are; InputError if one cannot be read."""
@@ -224,7 +228,7 @@ class ListPairSet:
 
     def _load(self, name: str, turns: int) -> tuple[Features, np.ndarray | None, tuple[int, int]]:
         """Features of the upright image, depth at its keypoints (or None), and the size (w, h) as stored."""
-        image = read_image(self.image_dir / name)
+        image = read_image(self.image_dir / name, getattr(self.extractor, "color", False))
         size = (image.shape[1], image.shape[0])
         new_size = _new_size(size, self.resize)
         if new_size != size:
@@ -237,16 +241,13 @@ class ListPairSet:
         upright_size = size if turns % 2 == 0 else size[::-1]
         upright = turn_keypoints(stored, size, turns).astype(np.float32)
         features = Features(upright, found.scores, found.descriptors, upright_size)
-        return features, self._depth_of(name, size, stored), size
-
-    def _depth_of(self, name: str, size: tuple[int, int], stored: np.ndarray) -> np.ndarray | None:
         path = None if self.depth_dir is None else self._depth_path(name)
         if path is None:
-            return None
+            return features, None, size
         depth = read_depth(path)
         if depth.shape != size[::-1]:
             raise InputError(f"{path} is {depth.shape[1]}x{depth.shape[0]}, its image {size[0]}x{size[1]}")
-        return depth_at(depth, stored)
+        return features, depth_at(depth, stored), size
 
 
 def read_scannet_pairs(path) -> list[Pair]:

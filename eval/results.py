@@ -1,15 +1,13 @@
 """What was found on a pair, judged by what is known of it."""
-from dataclasses import asdict, dataclass, field, fields
-from typing import get_args
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from eval.methods import Outcome
+from eval.iterative import PairMatches
 from eval.pair_sets import EvalPair
-from tools.cli import InputError
 from tools.correspondences import match_by_projection
-from tools.geometry import essential_matrix, opencv_to_colmap_K, to_camera_coordinates
-from tools.metrics import epipolar_error, pose_error
+from tools.geometry import opencv_to_colmap_K
+from tools.metrics import match_errors, pose_error
 
 PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
 STAGES = ("features", "matching", "pose")  # of the seconds
@@ -84,33 +82,10 @@ class PairResult:
 
     @classmethod
     def from_json(cls, content: dict) -> "PairResult":
-        """The inverse of `to_json`; InputError, or whatever comes of it, if it is something else."""
-        steps = [StepResult(**step) for step in content["steps"]]
-        result = cls(**{**content, "names": tuple(content["names"]), "steps": steps,
-                        "scores": np.array(content["scores"], np.float32),
-                        "correct": np.array(content["correct"], bool)})
-        both = [(result.n_true, result.n_used), (result.n_true, result.n_correct),
-                *((part.error_R, part.error_t) for part in (result, *steps))]
-        if not (list(map(type, result.names)) == [str, str]
-                and all(_is_number(value, float) for value in result.seconds.values())
-                and result.scores.shape == result.correct.shape == (len(content["scores"]),)
-                and np.isfinite(result.scores).all() and all((a is None) == (b is None) for a, b in both)
-                and (result.stopped_early is None or result.n_iterations is not None)):
-            raise InputError("these are no results of a pair")
-        for part in (result, *steps):
-            for item in fields(part):
-                kinds = get_args(item.type) or (item.type,)
-                if {int, float, bool} & set(kinds) and not any(_is_number(getattr(part, item.name), kind)
-                                                              for kind in kinds):
-                    raise InputError(f"{item.name} is {str(getattr(part, item.name))[:50]}")
-        return result
-
-
-def _is_number(value, kind: type) -> bool:
-    """Whether a value of a JSON file is of a kind: float (0 to inf), int (from 0), bool or None."""
-    if kind in (int, float) and type(value) in (int, kind):
-        return 0 <= value <= (2 ** 53 if type(value) is int else np.inf)
-    return type(value) is kind
+        """The inverse of `to_json`."""
+        return cls(**{**content, "names": tuple(content["names"]),
+                      "steps": [StepResult(**step) for step in content["steps"]],
+                      "scores": np.array(content["scores"], np.float32), "correct": np.array(content["correct"], bool)})
 
 
 def true_correspondences(pair: EvalPair) -> np.ndarray | None:
@@ -129,9 +104,7 @@ def epipolar_errors(pair: EvalPair, matches: np.ndarray) -> np.ndarray | None:
     """Epipolar errors (M,) of matches (M, 2) by the true pose, in camera coordinates; None if it is not known."""
     if pair.T_0to1 is None or pair.K0 is None:
         return None
-    x0 = to_camera_coordinates(pair.features0.keypoints[matches[:, 0]], pair.K0)
-    x1 = to_camera_coordinates(pair.features1.keypoints[matches[:, 1]], pair.K1)
-    return epipolar_error(x0, x1, essential_matrix(pair.T_0to1))
+    return match_errors(*pair.matched_keypoints(matches), pair.K0, pair.K1, pair.T_0to1)
 
 
 def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray, pose: tuple | None
@@ -149,29 +122,29 @@ def _n_inliers(pose: tuple | None) -> int:
     return 0 if pose is None else int(np.sum(pose[2]))
 
 
-def score_pair(pair: EvalPair, outcome: Outcome, true0: np.ndarray | None, seconds_features: float) -> PairResult:
+def score_pair(pair: EvalPair, found: PairMatches, true0: np.ndarray | None, seconds_features: float) -> PairResult:
     """What is reported of a method on a pair; true0 as from `true_correspondences`."""
-    matches = outcome.all_matches[outcome.used]
+    matches = found.matches
     result = PairResult(pair.index, pair.names, len(pair.features0.scores), len(pair.features1.scores), len(matches),
-                        _n_inliers(outcome.pose), {"features": seconds_features, **outcome.seconds},
-                        n_iterations=outcome.n_iterations, stopped_early=outcome.stopped_early)
-    errors = _judge(result, pair, matches, outcome.pose)
+                        _n_inliers(found.pose), {"features": seconds_features, **found.seconds},
+                        n_iterations=found.n_iterations, stopped_early=found.stopped_early)
+    errors = _judge(result, pair, matches, found.pose)
     if errors is not None:
         result.matching_score = int(np.sum(errors < PRECISION_THRESHOLD)) / max(result.n_keypoints0, 1)
         if len(errors):
             errors = np.minimum(errors, WORST_ERROR)
             result.epipolar_mean, result.epipolar_median = float(np.mean(errors)), float(np.median(errors))
-    for step in outcome.steps:
+    for step in found.steps:
         scored = StepResult(step.iteration + 1, len(step.kept0), len(step.kept1), len(step.matches),
                             _n_inliers(step.pose))
         _judge(scored, pair, step.matches, step.pose)
         result.steps.append(scored)
     if true0 is not None:
-        index0, index1 = outcome.all_matches.T
+        index0, index1 = found.all_matches.T
         judged = (pair.depth0[index0] > 0) & (pair.depth1[index1] > 0)
         correct = true0[index0] == index1
-        result.scores, result.correct = outcome.all_scores[judged].astype(np.float32), correct[judged]
+        result.scores, result.correct = found.all_scores[judged].astype(np.float32), correct[judged]
         result.n_true = int(np.sum(true0 >= 0))
-        result.n_used = int(np.sum(judged & outcome.used))
-        result.n_correct = int(np.sum(correct & judged & outcome.used))
+        result.n_used = int(np.sum(judged & found.used))
+        result.n_correct = int(np.sum(correct & judged & found.used))
     return result

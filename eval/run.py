@@ -1,93 +1,56 @@
-"""Methods over the pairs of a set: poses in other processes if wished, and gone on with after an interruption."""
-import contextlib
-import itertools
+"""Methods over the pairs of a set: poses in other processes if wished, and resumed after an interruption."""
 import sys
 import threading
 import time
-from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
+from eval.iterative import PairMatches
 from eval.journal import Journal
-from eval.methods import Method, to_data
+from eval.methods import Method, PoseEstimator, PoseSetting, to_data
 from eval.pair_sets import EvalPair
-from eval.results import STAGES, PairResult, score_pair, true_correspondences
+from eval.results import PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
 from tools.metrics import pose_auc
 from tools.pose import timed_estimate_pose
-from tools.processes import WorkerPool
-
-
-@dataclass(frozen=True)
-class PoseSetting:
-    """A robust estimator (a key of `tools.pose.ESTIMATORS`), its threshold in pixels, and the seed of its samples."""
-
-    estimator: str = "magsac"
-    threshold: float = 1.0
-    seed: int = 0
-
-    def __str__(self):
-        return f"{self.estimator} at {self.threshold:g} px"
-
+from tools.processes import WorkerPool, in_order
 
 Results = dict[PoseSetting, dict[str, list[PairResult]]]
 
 
-class _Estimate:
-    """matches (M, 2) of a pair, scores (M,) -> R, t, inliers or None; `seconds`: how long all calls took to compute.
-
-    pool: the processes that do it, or None. network: the lock that the caller holds; it is open while others compute.
-    """
-
-    def __init__(self, pair: EvalPair, setting: PoseSetting, pool, network):
-        self.pair, self.setting, self.pool, self.network = pair, setting, pool, network
-        self.seconds = 0.0
-
-    def __call__(self, matches: np.ndarray, scores: np.ndarray | None = None) -> tuple | None:
-        pair = self.pair
-        if pair.K0 is None:
-            return None
-        arguments = (pair.features0.keypoints[matches[:, 0]], pair.features1.keypoints[matches[:, 1]], pair.K0, pair.K1,
-                     self.setting.threshold, self.setting.estimator, self.setting.seed, scores)
-        if self.pool is None:
-            pose, seconds = timed_estimate_pose(*arguments)
-        else:
-            self.network.release()
-            try:
-                pose, seconds = self.pool.submit(timed_estimate_pose, *arguments).result()
-            finally:
-                self.network.acquire()
-        self.seconds += seconds
-        return pose
-
-
 def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSetting], device="cpu", pool=None,
-             network=None) -> dict[PoseSetting, dict]:
-    """All methods on one pair with all estimators: {setting: {method: Outcome}}.
+             network=None) -> dict[PoseSetting, dict[str, PairMatches]]:
+    """All methods on one pair with all estimators: {setting: {method: PairMatches}}.
 
     pool: processes that estimate poses, or None. network: a lock held while the methods compute here, so that they
     share the network with other threads; it is open while a pose is estimated in the pool.
     """
-    data, outcomes = to_data(pair, device), {setting: {} for setting in settings}
     network = network or threading.Lock()
+
+    def estimate_in_pool(*arguments):
+        network.release()
+        try:
+            return pool.submit(timed_estimate_pose, *arguments).result()
+        finally:
+            network.acquire()
+
+    data, found = to_data(pair, device), {setting: {} for setting in settings}
+    compute = timed_estimate_pose if pool is None else estimate_in_pool
     with network:
         for name, method in methods.items():
-            estimates = [_Estimate(pair, setting, pool, network) for setting in settings]
-            for setting, estimate, outcome in zip(settings, estimates, method.run(data, estimates)):
-                outcome.seconds["pose"] = estimate.seconds  # without the wait for a process and for the network
-                outcomes[setting][name] = outcome
-    return outcomes
+            estimates = [PoseEstimator(pair, setting, compute) for setting in settings]
+            for setting, matches in zip(settings, method.match(data, estimates)):
+                found[setting][name] = matches
+    return found
 
 
-def choose_positions(n_pairs: int, limit: int | None) -> np.ndarray:
+def choose_positions(n_pairs: int, limit: int | None) -> list[int]:
     """Which pairs of a set to take: `limit` of them, spread evenly, or all."""
-    if limit is None or limit >= n_pairs:
-        return np.arange(n_pairs)
-    return np.unique(np.linspace(0, n_pairs - 1, limit).round().astype(int))
+    n_chosen = min(limit or n_pairs, n_pairs)
+    return np.linspace(0, n_pairs - 1, n_chosen).round().astype(int).tolist()
 
 
 def _to_json(rows: list) -> list[dict]:
@@ -95,34 +58,9 @@ def _to_json(rows: list) -> list[dict]:
              "result": result.to_json()} for setting, name, result in rows]
 
 
-def _from_json(content: list, position: int, settings: list[PoseSetting], methods) -> list:
-    """Rows (setting, method, result) of a finished pair; InputError, or whatever comes of it, if they are not those."""
-    rows = [(PoseSetting(row["estimator"], row["threshold"], row["seed"]), row["method"],
+def _from_json(content: list[dict]) -> list:
+    return [(PoseSetting(row["estimator"], row["threshold"], row["seed"]), row["method"],
              PairResult.from_json(row["result"])) for row in content]
-    there = Counter((setting, name) for setting, name, _ in rows)
-    alike = {(result.index, result.names, result.error is None) for *_, result in rows}
-    if not (there == Counter(itertools.product(settings, methods)) and len(alike) == 1 and min(alike)[0] == position
-            and all(result.seconds.keys() >= set(STAGES) for *_, result in rows)):
-        raise InputError("these are not the results of this pair")
-    return rows
-
-
-def _finished(journal: Journal | None, positions, settings, methods) -> dict[int, list]:
-    """{position: rows} of the pairs that a journal holds; what is damaged in it is left out, and its number said."""
-    if journal is None:
-        return {}
-    finished, n_damaged = {}, journal.n_damaged
-    for position in map(int, positions):
-        if position in journal.finished:
-            try:
-                finished[position] = _from_json(journal.finished[position], position, settings, methods)
-            except Exception:
-                n_damaged += 1
-    if n_damaged:
-        print(f"{journal.path}: {n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
-    if finished:
-        print(f"resuming: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
-    return finished
 
 
 def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], device="cpu",
@@ -132,92 +70,68 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
 
     limit: that many pairs, spread evenly over the set. workers: processes that estimate poses while the network runs
     here; 0: all here, one after the other, which is how times can be compared. Results do not depend on it. journal:
-    pairs that are finished in it are not done again, and those done are added.
+    pairs that are finished in it are not done again, and those done are added; its settings say what methods and
+    settings are.
     Returns the results {setting: {method: one per pair}}, and (name, reason) of the pairs skipped, in the set's order.
     """
     results = {setting: {name: [] for name in methods} for setting in settings}
     positions = choose_positions(len(pair_set), limit)
-    finished, skipped = _finished(journal, positions, settings, methods), {}
+    finished = {} if journal is None else {i: journal.finished[i] for i in positions if i in journal.finished}
+    skipped, network = {}, threading.Lock()
+    if journal is not None and journal.n_damaged:
+        print(f"{journal.path}: {journal.n_damaged} damaged lines dropped; their pairs are done again", file=sys.stderr)
+    if finished:
+        print(f"resuming: {len(finished)} of {len(positions)} pairs were done before", file=sys.stderr)
 
-    def read():
-        for position in map(int, positions):
-            if position in finished:
-                yield position, None, 0.0
-                continue
-            start = time.perf_counter()
-            try:
-                yield position, pair_set[position], time.perf_counter() - start
-            except Exception as error:
-                skipped[position] = reason(error)
+    def read(position):
+        start = time.perf_counter()
+        try:
+            pair = None if position in finished else pair_set[position]
+        except Exception as error:
+            pair, skipped[position] = None, reason(error)
+        return position, pair, time.perf_counter() - start
 
     def match(item):
         position, pair, seconds = item
         if pair is None:
-            return position, finished[position]
+            return position, _from_json(finished.get(position, []))
         try:
-            return position, score(pair, seconds)
+            true0 = true_correspondences(pair)
+            found = run_pair(pair, methods, settings, device, pool, network)
+            return position, [(setting, name, score_pair(pair, matches, true0, seconds))
+                              for setting, by_method in found.items() for name, matches in by_method.items()]
         except Exception as error:
             skipped[position] = reason(error)
             return position, []
 
-    def score(pair, seconds):
-        true0 = true_correspondences(pair)
-        outcomes = run_pair(pair, methods, settings, device, pool, network)
-        return [(setting, name, score_pair(pair, outcome, true0, seconds))
-                for setting, of_setting in outcomes.items() for name, outcome in of_setting.items()]
-
-    progress = tqdm(total=len(positions), desc="pairs", disable=None)
-    network = threading.Lock()
+    # one thread more than processes: one pair is matched here meanwhile
+    threads, pool = (ThreadPoolExecutor(workers + 1), WorkerPool(workers)) if workers else (None, None)
     try:
-        with progress, pose_pool(workers) as pool:
-            for position, rows in _in_order(match, read(), workers):
+        with tqdm(total=len(positions), desc="pairs", disable=None) as progress:
+            for position, rows in in_order(threads, match, map(read, positions), ahead=2 * workers + 1):
                 if journal is not None and rows and position not in finished:
                     journal.add(position, _to_json(rows))
                 for setting, name, result in rows:
                     results[setting][name].append(result)
-                *_, (name, of_last) = results[settings[0]].items()
-                progress.update(len(skipped) + len(of_last) - progress.n)
-                if errors := pose_errors(of_last):
+                progress.update()
+                *_, (name, last) = results[settings[0]].items()
+                if errors := pose_errors(last):
                     progress.set_postfix_str(f"{name} AUC@10 {100 * pose_auc(errors, [10])[0]:.1f}")
     except KeyboardInterrupt:
         if journal is not None:
             n_done = len(finished) + journal.n_added
             print(f"{n_done} pairs are done: the same command resumes from there", file=sys.stderr)
         raise
+    except BrokenProcessPool:
+        raise InputError("a process that estimates poses was killed (out of memory?): the same command resumes; give "
+                         "it fewer --workers") from None
+    finally:
+        if pool is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
     return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
 
 
 def pose_errors(results: list[PairResult]) -> list[float]:
     """Pose errors of the pairs whose pose is known."""
     return [result.error for result in results if result.error is not None]
-
-
-def _in_order(function, items, workers: int):
-    """Yield function(item) in order; with workers, one more thread than them computes a bounded number ahead."""
-    if not workers:
-        yield from map(function, items)
-        return
-    threads = ThreadPoolExecutor(workers + 1)
-    waiting = deque(threads.submit(function, item) for item in itertools.islice(items, 2 * workers + 1))
-    try:
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def pose_pool(workers: int):
-    """A pool of processes, or None for 0 of them; InputError if one of them was killed from outside."""
-    if not workers:
-        yield None
-        return
-    pool = WorkerPool(workers)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise InputError("a process that estimates poses was killed (out of memory?): the same command resumes; give "
-                         "it fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -70,8 +70,8 @@ class Straightforward:
         logits = torch.einsum("bdhn,bdhm->bhnm", q, k) / (x.shape[1] / HEADS) ** 0.5
         if keep is not None:
             dropped = torch.ones(len(x), 1, 1, source.shape[2], dtype=torch.bool, device=x.device)
-            for sample, of_sample in zip(dropped, keep):
-                sample[..., of_sample] = False
+            for sample, rows in zip(dropped, keep):
+                sample[..., rows] = False
             logits = logits.masked_fill(dropped, torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1)
 
@@ -158,8 +158,8 @@ class Straightforward:
         data["matching_mask"] (B, N0+1, N1+1), without padding.
         """
         total = 0.0
-        for of_iteration in self.run(data):
-            for (p, keep0, keep1), mask in zip(of_iteration, data["matching_mask"]):
+        for samples in self.run(data):
+            for (p, keep0, keep1), mask in zip(samples, data["matching_mask"]):
                 if keep0 is not None:
                     kept0, kept1 = (torch.cat([keep, keep.new_tensor([n - 1])])
                                     for keep, n in ((keep0, len(mask)), (keep1, mask.shape[1])))
@@ -171,7 +171,7 @@ class Straightforward:
                 for part, weight in ((log[:-1, :-1][mask[:-1, :-1]], 1), (log[:-1, -1][mask[:-1, -1]], 0.5),
                                      (log[-1, :-1][mask[-1, :-1]], 0.5)):
                     if len(part):
-                        total = total - weight * part.mean() / len(of_iteration)
+                        total = total - weight * part.mean() / len(samples)
         return total / self.n_layers
 
 

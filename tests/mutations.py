@@ -28,13 +28,6 @@ MATRICES = [np.zeros((3, 3)), np.ones((3, 3)), np.eye(4), np.zeros((4, 4)), np.f
             np.zeros(()), np.zeros((2, 0, 3))]
 
 
-class Odd:
-    """What only some formats can hold; `kind` names it."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-
 def odd_value(rng: random.Random):
     """Anything but what a field should hold."""
     nested = []
@@ -49,27 +42,24 @@ def odd_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
     array = np.array(array)
     for _ in range(rng.choice([1, 1, 1, 2])):
         way = rng.randrange(12)
-        if way < 5 and array.size and array.dtype.kind in "fiub":
-            count = rng.choice([1, 1, array.size])
-            places = rng.sample(range(array.size), min(count, array.size)) if count < 1000 else slice(None)
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            if way < 5 and array.size and array.dtype.kind in "fiub":
+                places = rng.choice([rng.randrange(array.size), rng.randrange(array.size), slice(None)])
                 try:
                     array.reshape(-1)[places] = rng.choice(NUMBERS)
                 except (OverflowError, ValueError):
                     array.reshape(-1)[places] = rng.choice([0, 1])
-        elif way < 7:
-            array = np.atleast_1d(array)
-            array = rng.choice([array.T, array.ravel(), array[None], array[..., None], array[:0], array[:1], array[:-1],
-                                array[::-1], array[..., :1], np.concatenate([array, array]),
-                                np.concatenate([array, array], axis=-1)])
-        elif way < 9 and array.dtype.kind in "fiub":
-            with np.errstate(all="ignore"):
+            elif way < 7:
+                array = np.atleast_1d(array)
+                array = rng.choice([array.T, array.ravel(), array[None], array[..., None], array[:0], array[:1],
+                                    array[:-1], array[::-1], array[..., :1], np.concatenate([array, array]),
+                                    np.concatenate([array, array], axis=-1)])
+            elif way < 9 and array.dtype.kind in "fiub":
                 array = array.astype(rng.choice(DTYPES))
-        elif way < 11 and array.dtype.kind in "fiu":
-            with np.errstate(all="ignore"):
+            elif way < 11 and array.dtype.kind in "fiu":
                 array = (array * np.array(rng.choice([-1, 0, 1e6, 1e-6, 0.5]))).astype(array.dtype)
-        else:
-            array = np.array(rng.choice(MATRICES))
+            else:
+                array = np.array(rng.choice(MATRICES))
     return array
 
 
@@ -93,20 +83,14 @@ def change(value, rng: random.Random):
         return {**value, key: change(value[key], rng)}
     is_objects = isinstance(value, np.ndarray) and value.dtype.hasobject and value.ndim > 0
     if (is_objects or isinstance(value, list | tuple)) and len(value) and rng.random() < 0.9:
-        items, place = list(value), rng.randrange(len(value))
-        way = rng.random()
+        items, place, way = list(value), rng.randrange(len(value)), rng.random()
         if way < 0.1:
             del items[place]
         elif way < 0.2:
-            items.insert(place, items[rng.randrange(len(items))])
+            items.insert(place, rng.choice(items))
         else:
             items[place] = change(items[place], rng)
-        if is_objects:
-            changed = np.empty(len(items), object)
-            for i, item in enumerate(items):
-                changed[i] = item
-            return changed
-        return type(value)(items)
+        return np.fromiter(items, object, len(items)) if is_objects else type(value)(items)
     if rng.random() < 0.2:
         return odd_value(rng)
     if isinstance(value, torch.Tensor):
@@ -123,95 +107,85 @@ def change(value, rng: random.Random):
 
 # formats: a file's content -> a changed one
 
+def _dumped(value) -> bytes:
+    """An .npy file of an array, or of any object."""
+    buffer = io.BytesIO()
+    np.save(buffer, value if isinstance(value, np.ndarray) else np.fromiter([value], object, 1).reshape(()))
+    return buffer.getvalue()
+
+
 def _npz(path, rng):
     with np.load(path, allow_pickle=True) as file:
         content = change({name: file[name] for name in file}, rng)
     if not isinstance(content, dict):
-        return _dumped(np.save, np.asarray(content, object), rng)
+        return _dumped(np.asarray(content, object))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
         for name, value in content.items():
-            archive.writestr(f"{name}.npy".replace("\0", "_").encode(errors="replace").decode(),
-                             _dumped(np.save, value if isinstance(value, np.ndarray) else _objects(value), rng))
-    return buffer.getvalue()
-
-
-def _objects(value):
-    array = np.empty((), object)
-    array[()] = value
-    return array
-
-
-def _dumped(save, value, _):
-    buffer = io.BytesIO()
-    save(buffer, value, allow_pickle=True)
+            archive.writestr(f"{name}.npy".replace("\0", "_").encode(errors="replace").decode(), _dumped(value))
     return buffer.getvalue()
 
 
 def _npy(path, rng):
     """Of pickled objects, as the original's dump has them."""
     content = np.load(path, allow_pickle=True)
-    value = change(content.item() if content.shape == () else content, rng)
-    return _dumped(np.save, value if isinstance(value, np.ndarray) else _objects(value), rng)
+    return _dumped(change(content.item() if content.shape == () else content, rng))
 
 
 def _record(path, rng):
     packed = np.load(path)
     content = change({name: packed[name] for name in packed.dtype.names}, rng)
     if not isinstance(content, dict):
-        return _dumped(np.save, _objects(content), rng)
-    content = {name: np.asarray(value if not isinstance(value, list | tuple | dict | type(None) | bytes) else "", None)
+        return _dumped(content)
+    content = {name: np.asarray("" if isinstance(value, list | tuple | dict | type(None) | bytes) else value)
                for name, value in content.items() if name}
-    content = {name: value.astype("U9") if value.dtype.kind == "O" else value for name, value in content.items()}
+    content = {name: value.astype("U9") if value.dtype.hasobject else value for name, value in content.items()}
     packed = np.zeros(rng.choice([()] * 20 + [(1,), (0,), (2,)]),
                       [(name, value.dtype, value.shape) for name, value in content.items()])
     for name, value in content.items():
         packed[name] = value
-    return _dumped(np.save, packed, rng)
+    return _dumped(packed)
 
 
 def _pickle(path, rng):
-    with open(path, "rb") as file:
-        content = change(pickle.load(file), rng)
+    content = change(pickle.loads(Path(path).read_bytes()), rng)
     if rng.random() < 0.1:
-        content = rng.choice([lambda: os.getcwd, lambda: Path("x"), lambda: {1, 2}, lambda: 3j,
-                              lambda: np.dtype("f4,i4")])()
+        content = rng.choice([os.getcwd, Path("x"), {1, 2}, 3j, np.dtype("f4,i4")])
     return pickle.dumps(content, protocol=rng.randrange(6))
 
 
 def _pth(path, rng):
     buffer = io.BytesIO()
-    content = change(torch.load(path, weights_only=False), rng)
-    torch.save(content, buffer, **rng.choice([{}, {"_use_new_zipfile_serialization": False}]))
+    torch.save(change(torch.load(path, weights_only=False), rng), buffer,
+               _use_new_zipfile_serialization=rng.random() < 0.5)
     return buffer.getvalue()
 
 
 def _json(path, rng):
     content = change(json.loads(Path(path).read_text()), rng)
-    return json.dumps(content, default=str).encode(*rng.choice([("utf-8",)] * 8 + [("utf-16",), ("utf-8-sig",)]))
+    return json.dumps(content, default=str).encode(rng.choice(["utf-8"] * 8 + ["utf-16", "utf-8-sig"]))
 
 
 def _jsonl(path, rng):
     lines = Path(path).read_text().splitlines()
     k = rng.randrange(len(lines))
-    line = json.dumps(change(json.loads(lines[k]), rng), default=str)
-    return ("\n".join([*lines[:k], line, *lines[k + 1:]]) + "\n").encode()
+    lines[k] = json.dumps(change(json.loads(lines[k]), rng), default=str)
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _yaml(path, rng):
     content = yaml.safe_load(Path(path).read_text())
     if rng.random() < 0.1:
-        key = rng.choice(list(content))
-        bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m,
-                                                               n in zip("abcdefgh", "bcdefghi"))
-        return (bomb + f"{key}: *i\n").encode()
+        bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+            f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdefgh", "bcdefghi"))
+        return f"{bomb}{rng.choice(list(content))}: *i\n".encode()
     return json.dumps(change(content, rng), default=str).encode()  # which is YAML, less NaN
 
 
 def _text(path, rng):
     lines = [line.split(" ") for line in Path(path).read_text().splitlines()]
-    k = rng.randrange(len(lines))
-    line, way = lines[k], rng.random()
+    k, way = rng.randrange(len(lines)), rng.random()
+    line = lines[k]
     place = rng.randrange(len(line))
     if way < 0.1:
         del lines[k]
@@ -236,17 +210,11 @@ def _hdf5(path, rng):
 
     with h5py.File(path, "r") as file:
         content = read(file)
-    level, names = content, []
-    while rng.random() < 0.95 and isinstance(level, dict) and level:
-        names.append(rng.choice(list(level)))
-        level = level[names[-1]]
-    if rng.random() < 0.35 and names:
-        level = content
-        for name in names[:-1]:
-            level = level[name]
-        level[names[-1]] = Odd(rng.choice(["external link", "soft link", "circle", "external", "huge", "huge chunks",
-                                           "virtual", "empty", "group",
-                                           "compound", "strings", "reference", "named type"]))
+    if rng.random() < 0.35:
+        level, name = content, rng.choice(list(content))
+        while rng.random() < 0.95 and isinstance(level[name], dict) and level[name]:
+            level, name = level[name], rng.choice(list(level[name]))
+        level[name] = rng.choice(ODD_ITEMS)
     else:
         content = change(content, rng)
     buffer = io.BytesIO()
@@ -260,51 +228,40 @@ def _write_hdf5(group, content, rng):
         name = name.replace("\0", "0").encode(errors="replace").decode().strip("./ ") or "unnamed"
         if isinstance(value, dict):
             _write_hdf5(group.require_group(name), value, rng)
-        elif isinstance(value, Odd):
-            _write_odd(group, name, value.kind)
+        elif callable(value):
+            value(group, name)
         else:
             try:
-                group.create_dataset(name, data=value, **rng.choice([{}, {"compression": "gzip"}] if np.ndim(value)
-                                                                    and np.size(value) else [{}]))
+                packed = {"compression": "gzip"} if np.ndim(value) and np.size(value) and rng.random() < 0.5 else {}
+                group.create_dataset(name, data=value, **packed)
             except (TypeError, ValueError, OverflowError):  # HDF5 cannot hold it
                 group.create_dataset(name, data=str(type(value)))
 
 
-def _write_odd(group, name, kind):
-    huge = {"shape": (2 ** 40, 3), "dtype": "f8", "chunks": (2 ** 10, 3)}
-    if kind == "external link":
-        group[name] = h5py.ExternalLink("other.h5", "/depth")
-    elif kind == "soft link":
-        group[name] = h5py.SoftLink("/nowhere")
-    elif kind == "circle":
-        group[name] = group
-    elif kind == "external":
-        group.create_dataset(name, (100,), "f4", external=[("/etc/passwd", 0, 400)])
-    elif kind == "huge":
-        group.create_dataset(name, **huge)
-    elif kind == "huge chunks":
-        group.create_dataset(name, (2 ** 14, 2 ** 13), "f4", chunks=(2 ** 14, 2 ** 13), compression="gzip")
-    elif kind == "virtual":
-        layout = h5py.VirtualLayout((100, 3), "f4")
-        layout[:] = h5py.VirtualSource("other.h5", "depth", (100, 3))
-        group.create_virtual_dataset(name, layout)
-    elif kind == "empty":
-        group.create_dataset(name, data=h5py.Empty("f4"))
-    elif kind == "group":
-        group.create_group(name)
-    elif kind == "compound":
-        group.create_dataset(name, data=np.zeros((3, 3), "f4,i4"))
-    elif kind == "strings":
-        group.create_dataset(name, data=["a", "b" * 1000], dtype=h5py.string_dtype())
-    elif kind == "reference":
-        group.create_dataset(name, data=group.ref, dtype=h5py.ref_dtype)
-    else:
-        group[name] = np.dtype("f4")
+def _virtual(group, name):
+    layout = h5py.VirtualLayout((100, 3), "f4")
+    layout[:] = h5py.VirtualSource("other.h5", "depth", (100, 3))
+    group.create_virtual_dataset(name, layout)
 
 
+def _assigned(value):
+    return lambda group, name: group.__setitem__(name, value)
+
+
+def _dataset(*arguments, **options):
+    return lambda group, name: group.create_dataset(name, *arguments, **options)
+
+
+# what only HDF5 can hold: links, datasets that claim more than there is or lie elsewhere, and odd types
+ODD_ITEMS = [
+    _assigned(h5py.ExternalLink("other.h5", "/depth")), _assigned(h5py.SoftLink("/nowhere")),
+    lambda group, name: group.__setitem__(name, group), _assigned(np.dtype("f4")), h5py.Group.create_group, _virtual,
+    _dataset((100,), "f4", external=[("/etc/passwd", 0, 400)]), _dataset((2 ** 40, 3), "f8", chunks=(2 ** 10, 3)),
+    _dataset((2 ** 14, 2 ** 13), "f4", chunks=(2 ** 14, 2 ** 13), compression="gzip"), _dataset(data=h5py.Empty("f4")),
+    _dataset(data=np.zeros((3, 3), "f4,i4")), _dataset(data=["a", "b" * 1000], dtype=h5py.string_dtype()),
+    lambda group, name: group.create_dataset(name, data=group.ref, dtype=h5py.ref_dtype)]
 FORMATS = {"npz": _npz, "npy": _npy, "record": _record, "pkl": _pickle, "pth": _pth, "json": _json, "jsonl": _jsonl,
-           "yaml": _yaml,
-           "text": _text, "hdf5": _hdf5}
+           "yaml": _yaml, "text": _text, "hdf5": _hdf5}
 
 
 def change_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -341,25 +298,19 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def replace_by_other(path: Path, rng: random.Random) -> None:
     """Something that is no regular file, or nothing, in the place of a file."""
-    data = path.read_bytes()
-    path.unlink()
-    way = rng.randrange(8)
-    if way == 0:
+    moved = path.with_name(f"moved{path.suffix}")
+    way = rng.choice(["pipe", "folder", "empty", "nothing", "nowhere", path.name, "/dev/zero", moved.name])
+    path.replace(moved)
+    if way == "pipe":
         os.mkfifo(path)
-    elif way == 1:
+    elif way == "folder":
         path.mkdir()
-    elif way == 2:
-        path.symlink_to("nowhere")
-    elif way == 3:
-        path.symlink_to(path.name)
-    elif way == 4:
-        path.write_bytes(b"")
-    elif way == 5:
-        path.symlink_to("/dev/zero")
-    elif way == 6:  # a link to what it was
-        moved = path.with_name(f"moved{path.suffix}")
-        moved.write_bytes(data)
-        path.symlink_to(moved.name)
+    elif way == "empty":
+        path.touch()
+    elif way != "nothing":
+        path.symlink_to(way)
+    if way != moved.name:
+        moved.unlink()
 
 
 def mutate(path: Path, form: str | None, rng: random.Random) -> str:

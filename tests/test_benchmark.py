@@ -53,20 +53,20 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("what", list(TINY))
-def test_command_prints_its_table(what, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("part", list(TINY))
+def test_command_prints_its_table(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "PRODUCT_SIZE", 64)
-    assert run(benchmark.main, [what, "--device", "cpu", "--json", str(tmp_path / "numbers.json"), *TINY[what]]) == 0
+    assert run(benchmark.main, [part, "--device", "cpu", "--json", str(tmp_path / "numbers.json"), *TINY[part]]) == 0
     numbers = read_json(tmp_path / "numbers.json")
     printed = capsys.readouterr().out
     rows = {"match": ("rates", 8), "train": ("step", 4), "dump": ("dump", 2), "eval": ("eval", 4)}
-    name, count = rows[what]
+    name, count = rows[part]
     assert len(numbers[name]) == count
     for row in numbers[name]:
         for column, value in row.items():
             assert column.strip() in printed
             assert isinstance(value, str) or value > 0 or (column == "pose processes" and value == 0), row
-    if what == "dump":
+    if part == "dump":
         assert [row["features"] for row in numbers["dump"]] == ["sift", "spp"]
     assert json.dumps(numbers["torch"]).strip('"') in printed
 

@@ -134,7 +134,7 @@ def test_missing_file():
     ({"seed": 10 ** 400}, "seed 1000+: expected at most"),
     ({"batch_size": True}, "batch_size should be a whole number"),
     ({"match_threshold": 1.5}, "match_threshold 1.5: expected at most 1"),
-    ({"online": 1, "online_sources": [{"path": "x", "weight": 10 ** 400}]}, "online_sources: weight"),
+    ({"online": 1, "online_sources": [{"path": "x", "weight": 10 ** 400}]}, "online_sources, x: weight inf"),
     ({"eval_confg": 1}, "unknown key 'eval_confg'"),
 ])
 def test_training_settings_are_checked(tmp_path, values, message):

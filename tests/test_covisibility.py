@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from tools import covisibility
 from tools.covisibility import MAX_POINTS, is_seen, pair_matrices, scene_info_from_depth
 from tools.geometry import lift, make_pose, project
 from tools.scene_info import load_scene_info, write_scene_info
@@ -33,9 +34,9 @@ def render(pose, strips=(WALL,), K=K):
     return np.where(np.isfinite(nearest), nearest, 0).astype(np.float32)
 
 
-def scene(poses, depths, Ks=None, **options):
+def scene(poses, depths, Ks=None):
     names = [f"{i}" for i in range(len(poses))]
-    return scene_info_from_depth(names, names, Ks or [K] * len(poses), poses, lambda i: depths[i], **options)
+    return scene_info_from_depth(names, names, Ks or [K] * len(poses), poses, lambda i: depths[i])
 
 
 def shared_ids(info, i, j):
@@ -147,11 +148,11 @@ def test_points_are_in_colmap_convention():
     assert is_seen(points, depth, K, camera()).tolist() == [True, False]
 
 
-def test_voxel_size_and_the_limit_of_points():
+def test_voxel_size_and_the_limit_of_points(monkeypatch):
     def points_of(voxel_size):
-        poses = [camera(), camera()]
-        return scene(poses, [np.full((240, 320), 4, np.float32)] * 2,
-                     [np.array([[320.0, 0, 160], [0, 320, 120], [0, 0, 1]])] * 2, voxel_size=voxel_size)
+        monkeypatch.setattr(covisibility, "VOXELS_PER_DEPTH", 4 / voxel_size)
+        return scene([camera()] * 2, [np.full((240, 320), 4, np.float32)] * 2,
+                     [np.array([[320.0, 0, 160], [0, 320, 120], [0, 0, 1]])] * 2)
 
     assert points_of(0.5)["n_points3D"] == [8 * 6, 8 * 6]  # the wall in view is 4 x 3
     fine = points_of(1e-3)

@@ -20,7 +20,7 @@ import torch
 from plane_scene import SIZE, K, files_of, poses, texture, transfer, view
 from test_formats import rows_of
 
-from dump import shards, workers
+from dump import features, workers
 from dump.dump import load_config, main
 from tools.cli import run
 from tools.features import Features, Sift
@@ -256,7 +256,7 @@ def test_network_gets_the_device(raw, output, monkeypatch):
             found = Sift(50)(image)
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
-    monkeypatch.setattr(workers, "build_extractor", Network)
+    monkeypatch.setattr(features, "build_extractor", Network)
     assert dump(raw, output, "--device", "cpu", feature_type="spp", extractor={"nms_radius": 3}) == 0
     assert built == [("spp", {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 3,
                               "align_corners": True, "device": "cpu"})]
@@ -467,7 +467,7 @@ def test_shards_at_once_end_with_the_same_bytes(raw, finished, output, n_shards)
     parts = {path: path.stat().st_mtime_ns for path in Path(f"{output}.parts").rglob("*.jpg.npy")}
     assert len(parts) == N
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dump.dump.finish_view", None)
+        patch.setattr("dump.dump.ViewTask.finish", None)
         assert dump(raw, output) == 0
     assert output.read_bytes() == finished.read_bytes()
     assert sorted(path.name for path in output.parent.iterdir()) == ["eval.hdf5", "eval.yaml"]
@@ -509,17 +509,17 @@ def test_processes_of_torchrun_meet_before_the_join_and_at_the_end(raw, output, 
 def test_wait_for_all(monkeypatch):
     store, events = torch.distributed.HashStore(), []
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 2)]))
-    shards.wait_for_all("here")  # not under torchrun: there is nobody to wait for
+    workers.wait_for_all("here")  # not under torchrun: there is nobody to wait for
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
 
     def first():
-        shards.wait_for_all("here")
+        workers.wait_for_all("here")
         events.append("first goes on")
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(first)
         time.sleep(0.1)  # until it waits; a shorter time could only hide a failure
         events.append("second comes")
-        shards.wait_for_all("here")
+        workers.wait_for_all("here")
         done.result(20)
     assert events == ["second comes", "first goes on"]
 

@@ -22,18 +22,11 @@ import numpy as np
 import pytest
 from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
-from dump import shards, workers
-from dump.dump_megadepth import (
-    ImageTask,
-    candidate_pairs,
-    dump_megadepth,
-    dump_scene,
-    finish_view,
-    main,
-    match_pairs,
-    recipe_of,
-    verify_dump,
-)
+from dump import features, workers
+from dump.dump_megadepth import dump_megadepth, dump_scene, main
+from dump.keypoints import ImageTask, recipe_of
+from dump.matches import match_pairs
+from dump.verify import verify_dump
 from tools.cli import InputError, run
 from tools.correspondences import match_by_projection
 from tools.features import Features, Sift
@@ -41,8 +34,9 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
+from tools.processes import in_order
 from tools.records import read_record, write_record
-from tools.scene_info import load_scene_info, write_scene_info
+from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
 ROOT = Path(__file__).parent.parent
 MIN_KEYPOINTS = 200
@@ -198,7 +192,7 @@ def test_network(pristine, tmp_path, monkeypatch):
             found = Sift()(image)
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
-    monkeypatch.setattr(workers, "build_extractor", Network)
+    monkeypatch.setattr(features, "build_extractor", Network)
     recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
     assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
     assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True,
@@ -380,7 +374,7 @@ def test_torchrun_is_a_shard(pristine, tmp_path, monkeypatch):
     assert workers.available_cores() == 1
     assert dump(pristine, tmp_path) == 0
     assert list(load_dump(tmp_path)["scenes"]) == ["0001"] and len(waited) == 1
-    assert shards.parse_shard("3/5") == (3, 5)
+    assert workers.parse_shard("3/5") == (3, 5)
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "1/0", "a/b", ""])
@@ -485,7 +479,7 @@ def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
     paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
              ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
     task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
-    assert finish_view(task, (None, np.ones((1200, 1600), np.float32)), features)
+    assert task.finish((None, np.ones((1200, 1600), np.float32)), features)
     assert task.record_path.stat().st_size <= 2.3e6
     record = read_record(task.record_path)
     np.testing.assert_allclose(record["descriptors"], features.descriptors, atol=5e-4)
@@ -558,10 +552,10 @@ def test_report(base, tmp_path, capsys):
 def test_look_ahead_is_bounded():
     tasks = iter(range(100))
     with ThreadPoolExecutor(4) as pool:
-        results = workers.in_order(pool, lambda task: task, tasks, ahead=6)
+        results = in_order(pool, lambda task: task, tasks, ahead=6)
         assert [next(results) for _ in range(10)] == list(range(10))
-        assert next(tasks) == 10 + 6
-        assert list(results) == [task for task in range(10, 100) if task != 16]
+        assert next(tasks) == 9 + 6  # the reader is at the tenth
+        assert list(results) == [task for task in range(10, 100) if task != 15]
 
 
 class BatchNetwork:
@@ -580,16 +574,30 @@ class BatchNetwork:
         return self.extract_batch([image])[0]
 
 
+class Task:
+    """Image i of its number; `size` in its header, `real` in truth."""
+
+    def __init__(self, i, size, real=None, bad=False):
+        self.i, self.size, self.real, self.bad = i, size, real or size, bad
+
+    def image_size(self):
+        return self.size
+
+    def load(self):
+        return "bad" if self.bad else (np.full(self.real[::-1], self.i), "loaded")
+
+    def finish(self, loaded, found):
+        return (*found, loaded[1])
+
+
 def in_batches(monkeypatch, sizes, done=(), bad=(), real_sizes=None, shard=None):
     """What becomes of images 0 .. n-1 of these sizes, and the batches that a network gets."""
     network, real_sizes = BatchNetwork(), real_sizes or sizes
-    monkeypatch.setattr(workers, "extractor", lambda *recipe: network)
-    batches = workers.batches_of(list(range(len(sizes))), ("spp",), sizes.__getitem__, shard)
-    found = dict(workers.each_image(
-        None, 2, ("spp",), batches, done.__contains__,
-        load=lambda i: "bad" if i in bad else (np.full(real_sizes[i][::-1], i), "loaded"),
-        finish=lambda i, loaded, features: (*features, loaded[1])))
-    return found, network.batches
+    monkeypatch.setattr(features, "extractor", lambda *recipe: network)
+    tasks = [Task(i, size, real_sizes[i], i in bad) for i, size in enumerate(sizes)]
+    batches = features.batches_of(tasks, ("spp",), shard)
+    results = features.each_image(batches, ("spp",), lambda task: task.i in done, None, 2)
+    return {task.i: result for task, result in results}, network.batches
 
 
 def test_images_of_one_size_make_a_batch(monkeypatch):
@@ -630,17 +638,20 @@ def test_few_images_are_held_at_a_time(monkeypatch):
     class Image(np.ndarray):
         pass
 
-    def load(i):
-        nonlocal most
-        image = np.full((5, 5), i).view(Image)
-        held.add(i)
-        weakref.finalize(image, held.discard, i)
-        most = max(most, len(held))
-        return (image,)
-    monkeypatch.setattr(workers, "extractor", lambda *recipe: BatchNetwork())
-    batches = workers.batches_of(list(range(60)), ("spp",), lambda i: (5, 5))
-    assert len(list(workers.each_image(None, 2, ("spp",), batches, set().__contains__, load,
-                                       lambda i, loaded, features: None))) == 60
+    class Held(Task):
+        def load(self):
+            nonlocal most
+            image = np.full((5, 5), self.i).view(Image)
+            held.add(self.i)
+            weakref.finalize(image, held.discard, self.i)
+            most = max(most, len(held))
+            return (image,)
+
+        def finish(self, loaded, found):
+            return True
+    monkeypatch.setattr(features, "extractor", lambda *recipe: BatchNetwork())
+    batches = features.batches_of([Held(i, (5, 5)) for i in range(60)], ("spp",))
+    assert len(list(features.each_image(batches, ("spp",), lambda task: False, None, 2))) == 60
     assert 4 < most <= 2 * 2 + 3 * 4  # what is read ahead, the batch, and the last one until it is replaced
 
 
@@ -653,13 +664,13 @@ def test_header_size(tmp_path):
 
 def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
     built = []
-    monkeypatch.setattr(workers, "_extractor", lambda feature_type, settings: built.append(dict(settings)["device"]))
+    monkeypatch.setattr(features, "_extractor", lambda feature_type, settings: built.append(dict(settings)["device"]))
     monkeypatch.setattr("tools.distributed.choose_devices", lambda gpu: ["cuda:0", "cuda:1"])
-    workers.extractor("spp", {})
+    features.extractor("spp", {})
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    workers.extractor("spp", {})
-    workers.extractor("spp", {}, "cpu")
+    features.extractor("spp", {})
+    features.extractor("spp", {}, "cpu")
     assert built == ["auto", "cuda:1", "cpu"]
 
 
@@ -668,7 +679,7 @@ def test_workers_take_one_core_and_may_die():
     with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        list(workers.in_order(pool, os._exit, [1, 1], ahead=2))
+        list(in_order(pool, os._exit, [1, 1], ahead=2))
 
 
 # bad input

@@ -1,6 +1,7 @@
 """Matchers, the evaluation command and what it reports, on images of two textured planes with exact poses."""
 import csv
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -12,22 +13,12 @@ import pytest
 import torch
 from eval_scene import NAMES, list_set, make_pair, make_scene, write_hdf5
 
-from eval import eval_imp
+from eval import eval_imp, methods
 from eval.eval_imp import build_methods, parse_arguments, warn_of_training_scenes
-from eval.iterative import IterationStep
+from eval.iterative import IterationStep, PairMatches, match_iteratively, match_one_shot
 from eval.journal import Journal
-from eval.matchers import MATCHERS, MatcherSettings
-from eval.methods import Method, Outcome, match_one_shot, to_data
+from eval.methods import MATCHERS, MatcherSettings, Method, NearestNeighbor, PoseSetting, to_data
 from eval.pair_sets import Hdf5PairSet, ListPairSet
-from eval.report import (
-    best_settings,
-    format_iterations,
-    format_sweep,
-    format_table,
-    summarize,
-    summarize_iterations,
-    sweep_thresholds,
-)
 from eval.results import (
     PRECISION_THRESHOLD,
     PairResult,
@@ -36,7 +27,16 @@ from eval.results import (
     score_pair,
     true_correspondences,
 )
-from eval.run import PoseSetting, evaluate
+from eval.run import evaluate
+from eval.summary import (
+    best_settings,
+    format_iterations,
+    format_sweep,
+    format_table,
+    summarize,
+    summarize_iterations,
+    sweep_thresholds,
+)
 from nets import build_matcher
 from tools import checkpoint
 from tools.checkpoint import save_checkpoint
@@ -123,9 +123,9 @@ def test_command_measures_the_poses_of_a_pair_list(scene, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and {row["method"] for row in rows} == {"NN", "NN_ratio"}
     assert rows[0]["image1"] == NAMES[1] and float(rows[-1]["error"]) < 5
-    for of_pairs, name in ((np.mean, "mean"), (np.median, "median")):
+    for average, name in ((np.mean, "mean"), (np.median, "median")):
         errors = [float(row[f"epipolar_{name}"]) for row in rows if row["method"] == "NN_ratio"]
-        assert numbers["epipolar_error"][name] == pytest.approx(of_pairs(errors)) and 0 < of_pairs(errors) < 0.1
+        assert numbers["epipolar_error"][name] == pytest.approx(average(errors)) and 0 < average(errors) < 0.1
     for name in ("pairs_easy.png", "pairs_hard.png"):
         height, width = read_image(tmp_path / name).shape
         assert 640 < width < 760 and 2 * 240 < height < 2 * 400  # two methods below each other
@@ -233,7 +233,7 @@ def test_missing_features_say_which_command_makes_them(tmp_path, capsys):
 
 # iterative matching
 
-def test_networks_in_turns_stand_beside_their_one_shot(scene, weights, tmp_path, capsys):
+def test_iterative_matching_stands_beside_one_shot(scene, weights, tmp_path, capsys):
     command = evaluate_command(scene, tmp_path, "--weights", weights, "--use_iterative", "--use_uncertainty",
                                "--depth_dir", scene / "depths", "--plot_time_auc", "--pictures", 1, "--threshold", 1,
                                "--max_keypoints", 150, methods=["NN_ratio", "IMP", "EIMP"])
@@ -257,9 +257,9 @@ def test_networks_in_turns_stand_beside_their_one_shot(scene, weights, tmp_path,
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"IMP iterative", "EIMP iterative, uncertainty"}
     assert {row["iterations"] for row in rows} >= {"4", "6"} and {row["estimator"] for row in rows} == {"magsac"}
-    of_eimp = [row for row in rows if row["method"].startswith("EIMP")]
-    assert {int(row["kept0"]) for row in of_eimp if row["iterations"] == "4"} == {150}
-    assert max(int(row["kept0"]) for row in of_eimp if row["iterations"] == "6") < 150
+    eimp_rows = [row for row in rows if row["method"].startswith("EIMP")]
+    assert {int(row["kept0"]) for row in eimp_rows if row["iterations"] == "4"} == {150}
+    assert max(int(row["kept0"]) for row in eimp_rows if row["iterations"] == "6") < 150
     for name in ("iterations_used.png", "time_auc.png", "pose_recall.png"):
         assert min(read_image(tmp_path / name).shape) > 200
     assert 5 * 240 < read_image(tmp_path / "pairs_easy.png").shape[0] < 5 * 600  # without those of fewer iterations
@@ -381,7 +381,7 @@ class Interrupted(ListPairSet):
         return super().__getitem__(i)
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_results(scene, weights, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_resumes_and_ends_with_the_same_results(scene, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_imp, "ListPairSet", Interrupted)
     write_pair_list(tmp_path / "list.txt", [make_pair(i, j) for i, j in ((0, 1), (1, 2), (0, 2), (2, 0), (2, 1))])
 
@@ -533,7 +533,7 @@ def as_data(descriptors0, descriptors1):
 def test_nearest_neighbours_are_mutual():
     # both of view 0 prefer the first of view 1, which prefers the second of view 0
     data = as_data([[1, 0.3], [1, 0.1], [0, 1]], [[1, 0], [-1, 0.5]])
-    out = MATCHERS["NN"](MatcherSettings())(data)
+    out = MATCHERS["NN"](MatcherSettings()).match(data)
     assert out["matches0"].tolist() == [-1, 0, 1]
     scores = out["matching_scores0"]
     assert scores[0] == 0 and 1 > scores[1] > scores[2] > 0
@@ -544,7 +544,7 @@ def test_ratio_test_scores_by_how_much_nearer_the_nearest_is():
     angles0 = np.radians([2, 88])
     data = as_data(np.c_[np.cos(angles0), np.sin(angles0)], np.c_[np.cos(angles1), np.sin(angles1)])
     matcher = MATCHERS["NN_ratio"](MatcherSettings(ratio=0.7))
-    out = matcher(data)
+    out = matcher.match(data)
     assert out["matches0"].tolist() == [0, 2]
     chord = lambda degrees: np.sin(np.radians(degrees) / 2)  # noqa: E731
     np.testing.assert_allclose(out["matching_scores0"], [1 - chord(2) / chord(8), 1 - chord(2) / chord(78)], atol=1e-4)
@@ -553,8 +553,8 @@ def test_ratio_test_scores_by_how_much_nearer_the_nearest_is():
 
 def test_ratio_test_trusts_neither_twins_nor_a_lonely_descriptor():
     matcher = MATCHERS["NN_ratio"](MatcherSettings())
-    assert matcher(as_data([[1, 0]], [[1, 0], [1, 0]]))["matching_scores0"].tolist() == [0]
-    assert matcher(as_data([[1, 0]], [[1, 0]]))["matching_scores0"].tolist() == [0]
+    assert matcher.match(as_data([[1, 0]], [[1, 0], [1, 0]]))["matching_scores0"].tolist() == [0]
+    assert matcher.match(as_data([[1, 0]], [[1, 0]]))["matching_scores0"].tolist() == [0]
 
 
 @pytest.mark.parametrize("method, network", [("IMP", "imp"), ("EIMP_geo", "eimp"), ("GM", "gm")])
@@ -568,17 +568,19 @@ def test_networks_are_evaluated_with_the_weights_named(scene, tmp_path, method, 
     scores = expected["matching_scores0"][0].detach()
     threshold = float(scores[scores > 0].median())
     matcher = MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), match_threshold=threshold))
-    out = matcher(data)
+    out = matcher.match(data)
     np.testing.assert_array_equal(out["matches0"], expected["matches0"][0])
     np.testing.assert_allclose(out["matching_scores0"], scores)
-    outcome = match_one_shot(matcher, data, lambda matches: None)
-    assert 0 < outcome.used.sum() == (scores > threshold).sum() < len(outcome.used)
+    found = match_one_shot(matcher, data)
+    assert 0 < found.used.sum() == (scores > threshold).sum() < len(found.used)
 
-    fewer = MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), n_layers=2))(data)
+    fewer = MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), n_layers=2)).match(data)
     first_two, _ = net.match_all_iterations(data, threshold=0.0, n_layers=2)
     np.testing.assert_array_equal(fewer["matches0"], first_two[-1, 0])
     assert MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"))).n_iterations == 5
-    np.testing.assert_array_equal(matcher.with_iterations(2)(data)["matches0"], first_two[-1, 0])
+    shortened = Method(matcher).with_iterations(2).matcher
+    np.testing.assert_array_equal(shortened.match(data)["matches0"], first_two[-1, 0])
+    assert matcher.n_iterations == 5
     with pytest.raises(InputError, match="n_layers 6"):
         MATCHERS[method](MatcherSettings(weights=str(tmp_path / "net.pth"), n_layers=6))
     with pytest.raises(InputError, match="128"):
@@ -593,21 +595,19 @@ def test_dual_softmax_reaches_the_network(tmp_path):
 
 
 def test_a_matcher_of_ones_own_is_ten_lines(scene, tmp_path, monkeypatch):
-    """The example in eval.matchers, run as it stands there."""
-    from eval import matchers
-    first = "    from eval import eval_imp, matchers\n"
-    example = first + matchers.__doc__.split(first, 1)[1]
+    """The example in eval.methods, run as it stands there."""
+    first = "    from eval import eval_imp, methods\n"
+    example = first + methods.__doc__.split(first, 1)[1]
     example = "\n".join(line.removeprefix("    ") for line in example.splitlines())
     assert len([line for line in example.splitlines() if line]) <= 11
-    monkeypatch.setattr(matchers, "MATCHERS", dict(MATCHERS))
-    monkeypatch.setattr(eval_imp, "MATCHERS", matchers.MATCHERS)
-    command = []
+    monkeypatch.setattr(methods, "MATCHERS", dict(MATCHERS))
+    monkeypatch.setattr(eval_imp, "MATCHERS", methods.MATCHERS)
+    command, main = [], eval_imp.main
     monkeypatch.setattr(eval_imp, "main", lambda argv: command.extend(argv))
     exec(example, {"__name__": "__main__"})
     assert command[:3] == ["--matching_method", "NN_ratio", "mine"]
-    mine = Method(matchers.MATCHERS["mine"](None))
-    results, _ = evaluate(list_set(scene, [make_pair(0, 1)]), {"mine": mine}, [MAGSAC])
-    assert results[MAGSAC]["mine"][0].n_matches == 400
+    assert run(main, evaluate_command(scene, tmp_path, "--pictures", 0, methods=["NN", "mine"])) == 0
+    assert read_tables(tmp_path)[0]["methods"]["mine"]["matches"] == 400
 
 
 # what is reported of a pair
@@ -618,8 +618,9 @@ def test_a_view_without_keypoints_counts_as_a_failure(scene):
                               pair.features1.image_size)
     pair.depth1 = np.zeros(0, np.float32)
     for method in ("NN", "NN_ratio"):
-        outcome = match_one_shot(MATCHERS[method](MatcherSettings()), to_data(pair), lambda matches: None)
-        result = score_pair(pair, outcome, true_correspondences(pair), 0.0)
+        found = match_one_shot(MATCHERS[method](MatcherSettings()), to_data(pair))
+        found.seconds = {"matching": 0.0, "pose": 0.0}
+        result = score_pair(pair, found, true_correspondences(pair), 0.0)
         assert result.error == np.inf and result.precision == 0 and result.n_true == 0 and result.n_matches == 0
 
 
@@ -632,9 +633,8 @@ def test_matches_are_judged_by_depth_only_where_both_ends_have_it(scene):
     matches = np.c_[right[:5], true0[right[:5]]]
     matches[3, 1] = true0[right[10]]
     pair.depth0[matches[4, 0]] = 0
-    outcome = Outcome(matches, np.array([0.9, 0.8, 0.1, 0.7, 0.6]), np.array([1, 1, 0, 1, 1], bool), None,
-                      {"matching": 0.0, "pose": 0.0})
-    result = score_pair(pair, outcome, true0, 0.0)
+    found = PairMatches(matches, np.array([0.9, 0.8, 0.1, 0.7, 0.6]), np.array([1, 1, 0, 1, 1], bool))
+    result = score_pair(pair, found, true0, 0.0)
     assert (result.n_used, result.n_correct, result.n_true) == (3, 2, len(right))
     assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.1, 0.7])
     assert result.correct.tolist() == [True, True, True, False]
@@ -652,10 +652,10 @@ def test_a_match_adds_no_more_than_the_worst_error_to_a_mean(scene):
     matches = np.stack([np.arange(3)] * 2, axis=1)
     errors = epipolar_errors(pair, matches)
     assert errors[0] == np.inf and max(errors[1:]) < 1
-    outcome = Outcome(matches, np.ones(3), np.ones(3, bool), None, {"matching": 0.0, "pose": 0.0})
-    assert score_pair(pair, outcome, None, 0.0).epipolar_mean == pytest.approx((1 + errors[1] + errors[2]) / 3)
-    outcome.used[:] = False
-    assert score_pair(pair, outcome, None, 0.0).epipolar_mean is None
+    found = PairMatches(matches, np.ones(3), np.ones(3, bool))
+    assert score_pair(pair, found, None, 0.0).epipolar_mean == pytest.approx((1 + errors[1] + errors[2]) / 3)
+    found.used[:] = False
+    assert score_pair(pair, found, None, 0.0).epipolar_mean is None
 
 
 def test_every_iteration_is_judged_by_its_own_pose(scene):
@@ -667,8 +667,8 @@ def test_every_iteration_is_judged_by_its_own_pose(scene):
                            None if pose is None else (*pose[:2], pose[2][:n]))
              for iteration, kept0, kept1, n, pose in ((3, 400, 390, 30, wrong), (5, 300, 280, 24, None),
                                                       (7, 200, 180, 27, right))]
-    outcome = Outcome(matches, np.ones(30), np.ones(30, bool), None, {"matching": 0.0, "pose": 0.0}, 8, False, steps)
-    first, second, third = score_pair(pair, outcome, None, 0.0).steps
+    found = PairMatches(matches, np.ones(30), np.ones(30, bool), None, 8, False, steps)
+    first, second, third = score_pair(pair, found, None, 0.0).steps
     assert [step.iterations for step in (first, second, third)] == [4, 6, 8]
     assert (first.kept0, first.kept1, first.n_matches, first.n_inliers) == (400, 390, 30, 3)
     assert (second.n_matches, second.n_inliers, second.error) == (24, 0, np.inf)
@@ -677,10 +677,10 @@ def test_every_iteration_is_judged_by_its_own_pose(scene):
         np.mean(epipolar_errors(pair, matches) < PRECISION_THRESHOLD)) != second.precision
 
 
-def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None, **more):
+def row(error, n_matches, scores=(), correct=(), n_true=None, n_used=None, n_correct=None, **others):
     seconds = {"features": 0.004, "matching": 0.002, "pose": 0.001}
     return PairResult(0, ("a", "b"), 100, 100, n_matches, n_matches, seconds, error, 0.0, 0.5, 0.25,
-                      np.array(scores, np.float32), np.array(correct, bool), n_true, n_used, n_correct, **more)
+                      np.array(scores, np.float32), np.array(correct, bool), n_true, n_used, n_correct, **others)
 
 
 def test_summary_compares_at_the_recall_of_the_first_method():
@@ -698,7 +698,10 @@ def test_summary_compares_at_the_recall_of_the_first_method():
     # 2 of 8 are found at score 0.8: two right, one wrong
     assert other["against_depth"]["precision_at_baseline_recall"] == pytest.approx(2 / 3)
     table = format_table(summary).splitlines()
-    assert "prec*@25.0" in table[0] and len(table) == 5 and "66.7" in table[2]
+    assert "prec*@25.0" in table[0] and len(table) == 6 and "66.7" in table[2]
+    low, high = other["auc_gain_interval"]["20"]
+    assert "auc_gain_interval" not in base and low <= other["auc"]["20"] - base["auc"]["20"] <= high
+    assert table[3] == f"AUC@20 of other less that of base: 95% in [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def test_iterations_are_summed_up_as_if_the_loop_ended_there():
@@ -734,17 +737,22 @@ def test_iterations_are_told_for_easy_and_hard_pairs():
         "mean iterations: 5.7 for the half of the pairs with more true correspondences, 8.5 for the other")
 
 
+class FailingMatcher(NearestNeighbor):
+    """A matcher that fails where fails(data)."""
+
+    def __init__(self, fails, text: str):
+        self.fails, self.text = fails, text
+
+    def match(self, data):
+        if self.fails(data):
+            raise ValueError(self.text)
+        return super().match(data)
+
+
 def failing_at(call: int, text: str):
     """A matcher that fails the so manieth time."""
-    calls = []
-
-    def match(data):
-        calls.append(data)
-        if len(calls) == call:
-            raise ValueError(text)
-        return MATCHERS["NN"](MatcherSettings())(data)
-
-    return match
+    calls = itertools.count(1)
+    return FailingMatcher(lambda data: next(calls) == call, text)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -867,21 +875,19 @@ def test_skipped_pairs_are_in_the_order_of_the_set(scene, workers):
     pairs = [make_pair(0, 1), Pair("gone0.png", NAMES[0]), make_pair(0, 2), Pair("gone1.png", NAMES[0])]
     pair_set = list_set(scene, pairs)
 
-    def fails_on_the_first(data):
-        if data["image_size1"][0, 0] == 400:
-            time.sleep(0.05)  # so that the next ones are read meanwhile
-            raise ValueError("odd")
-        return MATCHERS["NN"](MatcherSettings())(data)
+    def is_the_first(data):
+        # slept, so that the next ones are read meanwhile
+        return data["image_size1"][0, 0] == 400 and time.sleep(0.05) is None
 
-    _, skipped = evaluate(pair_set, {"mine": Method(fails_on_the_first)}, [MAGSAC], workers=workers)
+    methods = {"mine": Method(FailingMatcher(is_the_first, "odd"))}
+    _, skipped = evaluate(pair_set, methods, [MAGSAC], workers=workers)
     assert [name for name, _ in skipped] == [pair_set.name(i) for i in (0, 1, 3)]
 
 
 def test_what_only_the_loop_cannot_do_is_left_out_of_a_sweep_and_said(scene, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_imp, "SWEEP", (1.0,))
-    match = Method._in_turns
-    monkeypatch.setattr(Method, "_in_turns", lambda self, data, estimate: match(self, data, estimate)
-                        if data["image_size1"][0, 0] != 400 else {}["odd"])
+    monkeypatch.setattr(methods, "match_iteratively", lambda network, data, *rest: match_iteratively(
+        network, data, *rest) if data["image_size1"][0, 0] != 400 else {}["odd"])
     command = evaluate_command(scene, tmp_path, "--threshold", "sweep", "--weights", weights, "--use_iterative",
                                "--pictures", 2, "--max_keypoints", 60, methods=["NN_ratio", "IMP"])
     assert run(eval_imp.main, command) == 1

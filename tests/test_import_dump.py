@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from dump import import_dump
-from dump.dump_megadepth import verify_dump
+from dump import import_dump, keypoints
+from dump.verify import verify_dump
 from tools.cli import run
 from tools.manifest import load_dump
 from tools.records import read_record
@@ -107,7 +107,8 @@ def test_resumed_it_ends_with_equal_bytes(old, tmp_path, monkeypatch, stop):
             raise KeyboardInterrupt
         write(path, record)
 
-    monkeypatch.setattr(import_dump, "write_record", killed)
+    for module in (import_dump, keypoints):
+        monkeypatch.setattr(module, "write_record", killed)
     assert imported(old, tmp_path / "new") == 130
     monkeypatch.undo()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("keypoints/*/*")}

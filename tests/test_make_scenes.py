@@ -369,3 +369,9 @@ def test_other_settings_in_the_same_folder_are_refused(root, capsys):
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and "seed" in error and "make_scenes.json" in error
     assert contents(root) == before
+
+
+def test_damaged_settings_are_one_line(tmp_path, capsys):
+    (tmp_path / "make_scenes.json").write_text("[]")
+    assert run(main, ["--save_path", str(tmp_path)]) == 2
+    assert "make_scenes.json is damaged" in capsys.readouterr().err

@@ -13,13 +13,13 @@ import pytest
 import torch
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene
 from PIL import Image
+from PIL.ExifTags import IFD
 
-from eval import draw_overview, match_images
+from eval import draw_overview, image_matcher, match_images
 from eval.image_matcher import ImageMatcher, choose_model, describe_pose
 from nets import build_matcher
 from tools import checkpoint
 from tools.cli import InputError, run
-from tools.exif import EXIF_IFD
 from tools.files import read_image, write_image
 from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
 from tools.metrics import epipolar_error, pose_error
@@ -202,7 +202,7 @@ def save_turned(path, image, turns, tags=None):
     """Write an image as a camera does that was held turned: np.rot90(stored, turns) is `image`."""
     exif = Image.Exif()
     exif[0x0112] = {0: 1, 1: 8, 2: 3, 3: 6}[turns]
-    exif.get_ifd(EXIF_IFD).update(tags or {})
+    exif.get_ifd(IFD.Exif).update(tags or {})
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.rot90(image, -turns)).save(path, exif=exif, quality=98)
 
@@ -371,7 +371,7 @@ def test_every_pair_has_a_file_of_its_own():
 
 # networks
 
-def test_a_network_matches_in_turns_and_draws_them(scene, tmp_path, weights, capsys):
+def test_a_network_matches_iteratively_and_draws_it(scene, tmp_path, weights, capsys):
     options = ("--image_dir", scene / "images", "--max_keypoints", 400, "--weights", weights, "--draw_iterations")
     write_pair_list(tmp_path / "list.txt", [make_pair(0, 1)])
     for folder in ("one", "two"):
@@ -459,9 +459,9 @@ def test_overview(scene, tmp_path, weights, capsys, monkeypatch):
 
 # which model
 
-def put(folder, name, dim=128, network="imp", **more):
+def put(folder, name, dim=128, network="imp", **entries):
     torch.manual_seed(0)
-    content = {"model": build_matcher(network, descriptor_dim=dim, n_layers=4).state_dict(), **more}
+    content = {"model": build_matcher(network, descriptor_dim=dim, n_layers=4).state_dict(), **entries}
     checkpoint.save_checkpoint(folder / name, content)
     return folder / name
 
@@ -478,6 +478,27 @@ def test_the_best_weights_on_hand(tmp_path, monkeypatch):
     assert choose_model(None, "sift", None)[2] == str(tmp_path / "imp_sift.pth")
 
 
+def test_lightglue_stands_between_published_weights_and_ours(scene, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: True)
+    own = put(tmp_path, "imp_sift_open.pth")
+    assert choose_model(None, None, None) == ("LightGlue", "aliked", None)
+    assert capsys.readouterr().err == "no published weights of IMP in weights/: taking LightGlue with ALIKED\n"
+    assert choose_model("IMP", None, None) == choose_model(None, "sift", None) == ("IMP", "sift", str(own))
+    monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: False)
+    assert choose_model(None, None, None) == ("IMP", "sift", str(own))
+    # a folder is resumed with what it was begun with
+    images = [scene / "images" / name for name in NAMES]
+    words = "--save_path", tmp_path / "out", "--max_keypoints", 50, "--focal", 300
+    assert command(*images[:2], *words) == 0
+    monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: True)
+    capsys.readouterr()
+    assert command(*images, *words) == 0
+    assert capsys.readouterr().out.startswith(f"IMP, sift, {own}\n")
+    published = put(tmp_path, "eimp_sift.pth")
+    assert choose_model(None, None, None) == ("EIMP", "sift", str(published))
+
+
 def test_weights_say_what_they_are_for(tmp_path):
     assert choose_model(None, None, put(tmp_path, "a.pth"))[:2] == ("IMP", "sift")
     assert choose_model(None, None, put(tmp_path, "b.pth", 256))[:2] == ("IMP", "spp")
@@ -488,6 +509,7 @@ def test_weights_say_what_they_are_for(tmp_path):
 
 def test_without_weights_the_command_says_so(scene, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: False)
     monkeypatch.chdir(tmp_path)
     images = [scene / "images" / name for name in NAMES[:2]]
     assert command(*images, "--focal", 300) == 2

@@ -73,6 +73,15 @@ def test_bootstrap_interval_of_runs_over_the_same_pairs():
         assert c[0] < b[0] < a[0] and c[1] < b[1] < a[1]
 
 
+def test_bootstrap_interval_of_a_gain():
+    """What both methods find hard cancels: the interval of the difference is narrower than either's."""
+    errors = np.random.default_rng(0).exponential(8, 200)
+    (alone,) = bootstrap_interval(errors, [20], seed=1)
+    (low, high), = bootstrap_interval(errors, [20], seed=1, baseline=errors + 1)
+    assert 0.02 < low < high < 0.05 and high - low < (alone[1] - alone[0]) / 4
+    assert bootstrap_interval(errors, [20], seed=1, baseline=errors) == [(0, 0)]
+
+
 def test_epipolar_error_is_a_distance_in_both_views():
     # a camera that moves along x: epipolar lines are the rows of both images
     E = essential_matrix(make_pose(np.eye(3), [1, 0, 0]))

@@ -277,20 +277,6 @@ def test_a_damaged_photograph_is_replaced_and_told(photos):
     assert all("2.JPEG" in reason and source == str(photos) for source, reason in skipped)
 
 
-def test_the_image_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(online, "CACHED_BYTES", 250)
-    cache, read = online._ImageCache(), []
-
-    def make(path):
-        read.append(path)
-        return np.zeros(100, np.uint8)
-
-    for path in (1, 2, 1, 3, 1, 2):
-        cache.get(make, path)
-    assert read == [1, 2, 3, 2]
-    assert cache.bytes == 200
-
-
 @pytest.mark.parametrize("entry, message", [
     ({"path": "nowhere"}, "nowhere is not a folder"),
     ({"path": "."}, "3 are needed"),
@@ -310,7 +296,7 @@ def test_sources_that_cannot_be_used_are_named(tmp_path, monkeypatch, entry, mes
 
 @pytest.mark.parametrize("values, message", [
     ({"online_sources": ["photos"]}, "should be a mapping with a path"),
-    ({"online_sources": [{"path": "a", "wieght": 2}]}, "unknown key 'wieght' for a"),
+    ({"online_sources": [{"path": "a", "wieght": 2}]}, "a: unknown key 'wieght'; did you mean 'weight'"),
     ({"online_sources": [{"path": "a", "weight": 0}]}, "weight 0 of a should be"),
     ({"online_sources": [{"path": "a"}], "online": 0}, "online is off"),
     ({"online_views": 3}, "online_views 3: expected an even number"),

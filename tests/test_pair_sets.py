@@ -8,11 +8,10 @@ import pytest
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_scene, write_hdf5
 
 from eval import eval_imp
-from eval.matchers import MATCHERS, MatcherSettings
-from eval.methods import Method
+from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
 from eval.pair_sets import Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
 from eval.results import true_correspondences
-from eval.run import PoseSetting, evaluate
+from eval.run import evaluate
 from tools.cli import InputError, run
 from tools.features import Sift
 from tools.files import read_image, write_depth, write_image

@@ -17,13 +17,12 @@ import pytest
 pycolmap = pytest.importorskip("pycolmap", reason="pycolmap is an optional extra: pip install '.[colmap]'")
 
 import dump.preprocess_megadepth  # noqa: E402  after the skip, and pycolmap after cv2
-from dump.dump_megadepth import candidate_pairs  # noqa: E402
 from dump.preprocess_megadepth import main, preprocess_megadepth, read_model  # noqa: E402
 from tools.cli import InputError, run  # noqa: E402
 from tools.files import read_image, write_depth, write_image  # noqa: E402
 from tools.geometry import project  # noqa: E402
 from tools.locks import locked  # noqa: E402
-from tools.scene_info import load_scene_info  # noqa: E402
+from tools.scene_info import candidate_pairs, load_scene_info  # noqa: E402
 
 W, H = 320, 240
 SIDE = 280  # of the undistorted images

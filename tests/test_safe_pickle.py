@@ -148,7 +148,7 @@ def test_lists_that_hold_themselves_are_no_numbers():
     for _ in range(60):
         shared = [shared, shared]
     with pytest.raises(InputError, match="a pose is not of 2 x 2 numbers"):
-        numbers(shared, 2, 2, what="a pose")
+        numbers(shared, 2, 2, name="a pose")
     np.testing.assert_array_equal(numbers([(1, np.float32(2))], None, 2), [[1, 2]])
 
 

@@ -15,7 +15,7 @@ from plane_scene import files_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from dump import dump, dump_megadepth, workers
+from dump import dump, dump_megadepth, features
 from dump.make_scenes import make_scenes
 from eval import eval_imp
 from nets import EIMP, SuperPoint
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "WEIGHTS", root)
         yield root
-    workers._extractor.cache_clear()
+    features._extractor.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def trained(root, training_dump):
 def test_without_weights(root, tmp_path, monkeypatch, capsys):
     """The dump stops before it begins."""
     monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
-    workers._extractor.cache_clear()
+    features._extractor.cache_clear()
     assert run(dump_megadepth.main, ["--feature_type", "spp", "--base_path", str(root / "scenes" / "megadepth"),
                                      "--save_path", str(tmp_path / "dump")]) == 2
     assert "put superpoint_v1.pth" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def by_position(record):
 def test_dump_in_batches(root, training_dump, tmp_path, monkeypatch):
     """As on a GPU: the same features as one image at a time, and the same bytes after an interruption."""
     recipe = dump_megadepth.recipe_of("spp", device="cpu")
-    network, batches = workers.extractor(*recipe.of_extractor), []
+    network, batches = features.extractor(*recipe.extraction), []
     extract_batch = network.extract_batch
     monkeypatch.setattr(network, "batch_pixels", 2 * 160 * 124)
     monkeypatch.setattr(network, "extract_batch", lambda images: batches.append(len(images)) or extract_batch(images))
@@ -158,11 +158,11 @@ def test_other_weights_are_refused(root, training_dump, tmp_path, monkeypatch, c
     for weights, status in (({"model": state}, 0), (fill_(SuperPoint(), "others").state_dict(), 2)):
         torch.save(weights, tmp_path / checkpoint.SUPERPOINT)
         monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
-        workers._extractor.cache_clear()
+        features._extractor.cache_clear()
         capsys.readouterr()
         assert spp_dump(root, training_dump) == status
     assert "was made with weights " in capsys.readouterr().err
-    workers._extractor.cache_clear()
+    features._extractor.cache_clear()
 
 
 def test_training(trained):
@@ -183,7 +183,7 @@ def test_evaluation(root, trained):
     with h5py.File(root / "pairs.hdf5") as file:
         assert file["desc1"]["0"].shape == (len(file["kpt1"]["0"]), 256)
         settings = json.loads(file.attrs["settings"])
-    assert settings["weights"] == workers.weights_of("spp", Spp.dump_settings, "cpu")["weights"]
+    assert settings["weights"] == features.weights_of(("spp", Spp.dump_settings, "cpu"))["weights"]
     assert eval_imp.main(["--matching_method", "EIMP", "--dataset", "yfcc", "--feature_type", "spp", "--config",
                           str(root / "eval.yaml"), "--weights", str(trained / "latest.pth"), "--device", "cpu",
                           "--pictures", "0", "--save_path", str(root / "results")]) == 0

@@ -136,8 +136,8 @@ def test_a_strip_shows_what_each_stage_kept_and_matched():
     height = round(150 * scale)
     expected = {"first": [[KEPT] * 4, [KEPT] * 4],
                 "last": [[GREEN, KEPT, RED, DROPPED], [KEPT, GREEN, RED, DROPPED]]}
-    for x_offset, of_stage in ((0, expected["first"]), (left, expected["last"])):
-        for y_offset, keypoints, colors in zip((top, top + height + 6), KEYPOINTS, of_stage):
+    for x_offset, stage_colors in ((0, expected["first"]), (left, expected["last"])):
+        for y_offset, keypoints, colors in zip((top, top + height + 6), KEYPOINTS, stage_colors):
             for (x, y), color in zip((keypoints + 0.5) * scale - 0.5, colors):
                 assert near(picture[round(y) + y_offset, round(x) + x_offset], color), (x_offset, y_offset, color)
     # half way, the line of the inlier is green, and that of the other red
@@ -201,7 +201,7 @@ def test_frames_make_an_animation(tmp_path):
     frames = iteration_frames(*IMAGES, *KEYPOINTS, stages(4))
     assert len(frames) == 4 and len({frame.shape for frame in frames}) == 1 and frames[0].shape[1] == GIF_WIDTH
     path = tmp_path / "new" / "a.gif"
-    write_gif(path, frames, [0.5, 0.5, 0.5, 2.0])
+    write_gif(path, frames)
     assert [item.name for item in path.parent.iterdir()] == ["a.gif"]
     with Image.open(path) as gif:
         assert gif.info["loop"] == 0
@@ -210,7 +210,7 @@ def test_frames_make_an_animation(tmp_path):
             gif.seek(number)
             shown.append((gif.info["duration"], np.asarray(gif.convert("RGB"))[..., ::-1]))
     # equal pictures one after the other may be stored as one, for as long as both
-    assert sum(duration for duration, _ in shown) == 3500
+    assert sum(duration for duration, _ in shown) == 3 * 1200 + 3000
     for drawn, (_, seen) in ((frames[0], shown[0]), (frames[-1], shown[-1])):
         check_colors(seen, drawn)
 

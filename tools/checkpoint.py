@@ -67,7 +67,7 @@ def load_checkpoint(path, device="cpu") -> dict:
         raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
     if content and all(torch.is_tensor(value) for value in content.values()):
         content = {"model": content}
-    entry = next((name for name in ("model", "state_dict", "model_state_dict")
+    entry = next((name for name in ("model", "state_dict", "model_state_dict", "extractor")
                   if isinstance(content.get(name), dict)), None)
     if entry is None:
         raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
@@ -136,7 +136,8 @@ def load_weights(module: torch.nn.Module, state: dict, path) -> None:
     module.load_state_dict(state, strict=True)
 
 
-def _check_finite(module: torch.nn.Module, path) -> None:
+def check_finite(module: torch.nn.Module, path) -> None:
+    """InputError if a weight is not a finite number."""
     broken = [key for key, value in module.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{path} is of no use: {broken[0]} has values that are not finite; its training diverged, or "
@@ -170,7 +171,7 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
         settings[key] = config[key]
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
-    _check_finite(matcher, path)
+    check_finite(matcher, path)
     return matcher.float().eval().to(device)
 
 
@@ -192,7 +193,7 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
                          f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
     network = SuperPoint(**options)
     load_weights(network, load_checkpoint(path)["model"], path)
-    _check_finite(network, path)
+    check_finite(network, path)
     return network.eval().to(device)
 
 

@@ -1,6 +1,7 @@
 """What every command shares: how a user's mistake and an interruption end, and where results go on screen."""
 import _thread
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -100,40 +101,35 @@ def _interrupt_again(ignored) -> None:
 def _expand_home(argument: str) -> str:
     """~/x and --option=~/x with the home folder, as a shell does not do it for the latter."""
     option, equals, value = argument.partition("=")
-    if equals and option.startswith("--") and value.startswith("~"):
+    if equals and option.startswith("--"):
         return option + equals + os.path.expanduser(value)
-    return os.path.expanduser(argument) if argument.startswith("~") else argument
+    return os.path.expanduser(argument)
 
 
 def whole_number(least: int, most: int = 2 ** 31 - 1):
     """An argparse type: a whole number from least to most."""
-    def parse(text: str) -> int:
-        try:
-            if least <= int(text) <= most:
-                return int(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-    return parse
+    return _bounded(int, "whole number", least, most)
 
 
 def number(least: float, most: float = math.inf):
     """An argparse type: a finite number from least to most."""
-    def parse(text: str) -> float:
-        try:
-            if least <= float(text) <= most and math.isfinite(float(text)):
-                return float(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+    return _bounded(float, "number", least, most)
+
+
+def _bounded(kind: type, name: str, least, most):
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most and math.isfinite(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:.12g} to {most:.12g}")
     return parse
 
 
-def report_skipped(skipped: list, what: str) -> int:
+def report_skipped(skipped: list, items: str) -> int:
     """List the items a long job left out, as (name, reason) pairs; return the exit status that says so."""
     if not skipped:
         return 0
-    print(f"{len(skipped)} {what} skipped:", file=sys.stderr)
+    print(f"{len(skipped)} {items} skipped:", file=sys.stderr)
     for name, reason in skipped:
         print("  " + " ".join(f"{name}: {reason}".split()), file=sys.stderr)
     return 1

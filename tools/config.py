@@ -22,66 +22,51 @@ _shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 60, 60
 
 
 class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        last = self._by_key(node)
-        for key, _ in node.value:
-            again = last[self._name(key)][0]
-            if key is not again:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=again.start_mark)
-        return node
-
     def flatten_mapping(self, node):
+        seen = set()
+        for key, _ in node.value:
+            if _name(key) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(_name(key))
         super().flatten_mapping(node)
-        node.value = list(self._by_key(node).values())  # merges of merges would grow without bound
-
-    def _by_key(self, node):
-        return {self._name(key): (key, value) for key, value in node.value}
-
-    @staticmethod
-    def _name(key):
-        return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+        # merges of merges would grow without bound
+        node.value = list({_name(key): (key, value) for key, value in node.value}.values())
 
 
-def find_config(path) -> Path:
-    """A configuration as named; where NAME or configs/NAME is not there, that of ./configs, or the one that ships."""
-    return find_shipped(path, "configs")
-
-
-def read_yaml(path) -> dict:
-    """Read a YAML file that holds a mapping; see `read_config`."""
-    try:
-        content = yaml.load(read_text(find_config(path)), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return _mapping(content, path)
+def _name(key: yaml.Node):
+    return key.value if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def read_config(path) -> dict:
-    """Read a YAML or JSON file that holds a mapping, its keys texts; `~` in it is the home folder.
+    """Read a JSON file, or a YAML file of any other suffix, that holds a mapping; `~` in it is the home folder.
 
     The key `base` names another such file, in the folder of this one, whose keys hold where this file has none.
-    InputError if a key is there twice, or if there is more than anybody writes: aliases in YAML can say more values
-    than memory holds.
+    InputError if a key is there twice or is no text, or if there is more than anybody writes: aliases in YAML can say
+    more values than memory holds.
     """
     merged, path, read = {}, Path(path), set()
     while True:
-        path = find_config(path)
-        content = read_yaml(path) if path.suffix in (".yaml", ".yml") else _mapping(read_json(path), path)
+        path = find_shipped(path, "configs")
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+        content = _plain(content, path, iter(range(MAX_VALUES)))
+        if not isinstance(content, dict):
+            raise InputError(f"{path} does not hold keys and values")
         base = content.pop("base", None)
         merged = {**content, **merged}
         if base is None:
             return merged
         read.add(path)
-        path = path.with_name(_typed("base", base, "", str(path)))
+        path = path.parent / _typed("base", base, "", str(path))
         if path in read:
             raise InputError(f"{path} is its own base")
 
 
-def _mapping(content, path) -> dict:
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold keys and values")
-    return _plain(content, path, iter(range(MAX_VALUES)))
+def read_yaml(path):
+    """What a YAML file holds; InputError names it when it is missing or not YAML, or has a key twice."""
+    try:
+        return yaml.load(read_text(path), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _plain(value, path, left: Iterator, level: int = 0):
@@ -104,22 +89,20 @@ def _typed(key: str, value, default, source: str):
     """`value` as the type of `default`; an int passes for a float, 0 and 1 for a bool, a text that says a number for
     one; None: a string or nothing, which the text "None" is too. A float is finite."""
     expected = str if default is None else type(default)
-    if default is None and value == "None":
+    if default is None and value in (None, "None"):
         return None
+    if expected is bool and value in (0, 1):
+        return bool(value)
     if expected in (int, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = expected(value)
-    if expected is bool and value in (0, 1):
-        return bool(value)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and type(value) is int:
         value = float(value) if abs(value) < 2 ** 63 else math.inf
-    if default is None and value is None:
-        return None
-    if expected is float and isinstance(value, float) and not math.isfinite(value):
+    if type(value) is not expected:
+        raise InputError(f"{source}: {key} should be {_KIND[expected]}, not {_shown.repr(value)}")
+    if expected is float and not math.isfinite(value):
         raise InputError(f"{source}: {key} {value}: expected a finite number")
-    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
-        return value
-    raise InputError(f"{source}: {key} should be {_KIND[expected]}, not {_shown.repr(value)}")
+    return value
 
 
 def overlay(defaults: dict, values: dict, source: str) -> dict:
@@ -127,14 +110,17 @@ def overlay(defaults: dict, values: dict, source: str) -> dict:
     return {**defaults, **_checked(defaults, values, source)}
 
 
-def _checked(defaults: dict, values: dict, source: str) -> dict:
-    config = {}
-    for key, value in values.items():
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
+def check_keys(keys, known, source: str) -> None:
+    """InputError that names the first of `keys` that is not known, and its nearest."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise InputError(f"{source}: unknown key {_shown.repr(key)}; did you mean {near[0]!r}?")
-        config[key] = _typed(key, value, defaults[key], source)
-    return config
+
+
+def _checked(defaults: dict, values: dict, source: str) -> dict:
+    check_keys(values, defaults, source)
+    return {key: _typed(key, value, defaults[key], source) for key, value in values.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict:
@@ -147,18 +133,15 @@ def parse_overrides(arguments: list[str]) -> dict:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             key = key.replace("-", "_")
-            values[key] = [value] if equals else []
+            values[key] = [_from_json(value)] if equals else []
         elif key is None:
             raise InputError(f"unexpected argument {argument!r}: settings are given as --key value")
         else:
-            values[key].append(argument)
-    parsed = {}
-    for key, words in values.items():
-        if not words:
+            values[key].append(_from_json(argument))
+    for key, read in values.items():
+        if not read:
             raise InputError(f"--{key} lacks a value")
-        read = [_from_json(word) for word in words]
-        parsed[key] = read[0] if len(read) == 1 else read
-    return parsed
+    return {key: read[0] if len(read) == 1 else read for key, read in values.items()}
 
 
 def _from_json(word: str):
@@ -173,12 +156,11 @@ def load_config(path, defaults: dict, arguments: list[str], unused=()) -> dict:
 
     unused: keys that the file may have and nobody needs, which are named and left out.
     """
-    content = read_config(path)
+    content, overrides = read_config(path), parse_overrides(arguments)
     left_out = [key for key in content if key in unused]
     if left_out:
         print(f"note: {path}: not used here: {', '.join(left_out)}", file=sys.stderr)
     config = overlay(defaults, {key: value for key, value in content.items() if key not in unused}, str(path))
-    overrides = parse_overrides(arguments)
     for key, value in overrides.items():
         if isinstance(defaults.get(key), list) and not isinstance(value, list):
             overrides[key] = [value]

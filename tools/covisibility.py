@@ -7,30 +7,26 @@ from tools.geometry import lift, project
 
 N_SAMPLES = 2400  # pixels of each depth map that stand for its surface
 DEPTH_TOLERANCE = 0.05  # of the depth: a larger difference means that something else is seen there
-VOXELS_PER_DEPTH = 50  # default voxel size = median depth / this, about the spacing of the samples
+VOXELS_PER_DEPTH = 50  # voxel size = median depth / this, about the spacing of the samples
 MAX_POINTS = 2000  # 3D points kept per image
 # Points projected at a time: few enough that they stay in the cache, and that BLAS starts no threads for products
 # with 3x3 matrices, which would make them many times slower.
 CHUNK = 16384
 
 
-def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, voxel_size=None,
-                          progress=True) -> dict:
+def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, progress=True) -> dict:
     """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
 
     image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel
     convention. poses: n (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit
-    of the poses; it is called twice per image, and one map is held at a time, so that memory is about 100 KB of
-    samples and 1 MB of 3D points per image. voxel_size: of the 3D points, in that same unit; by default the median
-    depth / 50. progress: show bars.
+    of the poses; it is called twice per image, and one map is held at a time. progress: show bars.
 
     `overlap_matrix[i, j]` is the share of i's surface (a regular grid of about 2400 pixels, those with known depth)
     that lands inside image j, in front of it, where j's depth is known and within 5%: what j's depth map does not
     know, j does not see. The diagonal is 1. An image without any known depth has -1 elsewhere in its row and column.
-    The 3D points are one sample per voxel of the scene, tested in the same way in every image; a point has the same
-    id in all of them, and an image that sees more than 2000 keeps those of lowest id (ids are in random order, hence
-    the same ones as its neighbours). `points3D_id_to_2D` holds [x, y] in COLMAP's pixel convention, as COLMAP's own
-    would. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
+    The 3D points are one sample per voxel of the scene, tested in the same way in every image; an image that sees more
+    than 2000 keeps those of lowest id, in random order, hence the same ones as its neighbours. `points3D_id_to_2D` is
+    in COLMAP's pixel convention. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
     """
     n = len(image_paths)
     intrinsics = [np.asarray(K, np.float64) for K in intrinsics]
@@ -44,8 +40,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     n_samples = np.array([len(depth) for depth in depths])
     owner = np.repeat(np.arange(n), n_samples)
     points, depths = np.concatenate(points), np.concatenate(depths)
-    if voxel_size is None:
-        voxel_size = np.median(depths) / VOXELS_PER_DEPTH if len(depths) else 1.0
+    voxel_size = np.median(depths) / VOXELS_PER_DEPTH if len(depths) else 1.0
     _, representatives = np.unique(np.floor(points / voxel_size).astype(np.int64), axis=0, return_index=True)
     representatives = np.random.default_rng(0).permutation(representatives)
 
@@ -53,9 +48,8 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     point_ids, point_pixels, point_ndepths = [], [], []
     for j in tqdm(range(n), desc="covisibility", unit="image", disable=not progress):
         depth_map = read_depth(j)
-        seen = np.concatenate([np.zeros(0, bool)] + [
-            is_seen(points[start:start + CHUNK], depth_map, intrinsics[j], poses[j])
-            for start in range(0, len(points), CHUNK)])
+        seen = np.concatenate([is_seen(points[start:start + CHUNK], depth_map, intrinsics[j], poses[j])
+                               for start in range(0, max(len(points), 1), CHUNK)])
         overlap[:, j] = np.bincount(owner[seen], minlength=n) / np.maximum(n_samples, 1)
         ids = np.flatnonzero(seen[representatives])[:MAX_POINTS]
         pixels, depth = project(points[representatives[ids]], intrinsics[j], poses[j])
@@ -67,10 +61,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     np.fill_diagonal(overlap, 1)
 
     return {
-        "image_paths": list(image_paths),
-        "depth_paths": list(depth_paths),
-        "intrinsics": intrinsics,
-        "poses": poses,
+        "image_paths": list(image_paths), "depth_paths": list(depth_paths), "intrinsics": intrinsics, "poses": poses,
         "overlap_matrix": overlap,
         "scale_ratio_matrix": pair_matrices(point_ids, point_ndepths, len(representatives))[1],
         "angles": axis_angles(poses),

@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -37,18 +38,16 @@ class Job:
 
     def any(self, flags: list[bool]) -> list[bool]:
         """Whether a flag is set in any process, for each flag."""
-        if self.world_size == 1:
-            return flags
         tensor = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return [bool(value) for value in tensor.tolist()]
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.bool().tolist()
 
     def gather(self, value) -> list:
         """The values of all processes, by rank; anything that can be pickled."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
 
@@ -58,7 +57,7 @@ def choose_devices(gpu: list[int]) -> list[torch.device]:
     As many -1 as one likes are as many processes on the CPU.
     """
     available = torch.cuda.device_count()
-    if gpu and set(gpu) == {-1}:
+    if set(gpu) == {-1}:
         return [torch.device("cpu")] * len(gpu)
     if available == 0:
         if gpu:
@@ -74,21 +73,12 @@ def choose_device(name: str) -> torch.device:
     """`auto` (a GPU if there is one), or a torch device name such as cpu or cuda:1."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name}: there are {torch.cuda.device_count()} GPUs here")
     return device
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def _meeting_point(rank: int, world_size: int) -> dist.Store:
@@ -147,8 +137,10 @@ def _spawned(rank: int, worker, devices, arguments, results):
 
 def _start(worker, devices: list[torch.device], arguments):
     """Run the worker in a process for each device; returns what that of rank 0 returned."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    results, received = mp.get_context("spawn").SimpleQueue(), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    results = mp.get_context("spawn").SimpleQueue()
     processes = mp.spawn(_spawned, (worker, devices, arguments, results), nprocs=len(devices), join=False)
 
     def pass_on(number, _):
@@ -157,25 +149,26 @@ def _start(worker, devices: list[torch.device], arguments):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def receive():
-        while not results.empty():
-            received.append(results.get())
-
+    received, failed, ended = [], None, False
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not processes.join(timeout=0.5, grace_period=10):
-            receive()
-    except mp.ProcessExitedException as error:
-        receive()
-        errors = [told for _, told in received if told]
-        if errors and not error.signal_name:
-            raise errors[0] from None
-        raise InputError(f"process {error.error_index} of {len(devices)} was ended by {error.signal_name or 'itself'} "
-                         "(out of memory?); what was saved is kept") from None
+        while not ended:
+            try:
+                ended = processes.join(timeout=0.5, grace_period=10)
+            except mp.ProcessExitedException as error:
+                failed, ended = error, True
+            while not results.empty():
+                received.append(results.get())
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    receive()
+    if failed:
+        errors = [error for _, error in received if error]
+        if errors and not failed.signal_name:
+            raise errors[0]
+        cause = failed.signal_name or "itself"
+        raise InputError(f"process {failed.error_index} of {len(devices)} was ended by {cause} (out of memory?); what "
+                         "was saved is kept")
     return received[0][0]
 
 

@@ -4,15 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 from tools.files import check_file
 
-EXIF_IFD = 0x8769
-ORIENTATION = 0x0112
-PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION = 0xA002, 0xA003
-FOCAL_LENGTH, FOCAL_LENGTH_35MM = 0x920A, 0xA405
-FOCAL_PLANE_X_RESOLUTION, FOCAL_PLANE_RESOLUTION_UNIT = 0xA20E, 0xA210
-MILLIMETRES = {1: 25.4, 2: 25.4, 3: 10.0, 4: 1.0, 5: 1e-3}  # of a resolution unit; 1: none named, taken for inches
+MILLIMETRES = {3: 10.0, 4: 1.0, 5: 1e-3}  # of a resolution unit; others are inches, or taken for them
 FILM_DIAGONAL = float(np.hypot(36, 24))  # millimetres
 # np.rot90 turns by orientation; the mirrored ones (2, 4, 5, 7) are not turned, as no camera stands for them
 TURNS = {3: 2, 6: 3, 8: 1}
@@ -37,19 +33,16 @@ def read_exif(path) -> Exif:
     """
     try:
         check_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                tags, size = image.getexif(), image.size
-                details = tags.get_ifd(EXIF_IFD)
-                return Exif(TURNS.get(tags.get(ORIENTATION), 0), _focal(details, size))
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            tags = image.getexif()
+            return Exif(TURNS.get(tags.get(Base.Orientation), 0), _focal(tags.get_ifd(IFD.Exif), image.size))
     except Exception:  # whatever a damaged file makes of Pillow's readers
         return Exif()
 
 
 def _focal(details: dict, size: tuple[int, int]) -> float | None:
     """Focal length in pixels of an image of `size` (w, h), from the tags of its EXIF directory, or None."""
-    recorded = _number(details, PIXEL_X_DIMENSION), _number(details, PIXEL_Y_DIMENSION)
+    recorded = _number(details, Base.ExifImageWidth), _number(details, Base.ExifImageHeight)
     shrink = 1.0
     if None not in recorded:
         # the longer sides: some programs turn the pixels and leave the tags
@@ -57,17 +50,15 @@ def _focal(details: dict, size: tuple[int, int]) -> float | None:
         if abs(min(size) / (shrink * min(recorded)) - 1) > MAX_ASPECT_CHANGE:
             return None
     diagonal = float(np.hypot(*size))
-    equivalent, focal_length = _number(details, FOCAL_LENGTH_35MM), _number(details, FOCAL_LENGTH)
-    resolution = _number(details, FOCAL_PLANE_X_RESOLUTION)
-    focal = None
+    equivalent, focal_length = _number(details, Base.FocalLengthIn35mmFilm), _number(details, Base.FocalLength)
+    resolution = _number(details, Base.FocalPlaneXResolution)
     if equivalent is not None:
         focal = equivalent / FILM_DIAGONAL * diagonal
     elif focal_length is not None and resolution is not None:
-        unit = MILLIMETRES.get(details.get(FOCAL_PLANE_RESOLUTION_UNIT, 2), 25.4)
-        focal = focal_length * resolution / unit * shrink
-    if focal is None or not FOCAL_RANGE[0] * diagonal < focal < FOCAL_RANGE[1] * diagonal:
+        focal = focal_length * resolution / MILLIMETRES.get(details.get(Base.FocalPlaneResolutionUnit), 25.4) * shrink
+    else:
         return None
-    return focal
+    return focal if FOCAL_RANGE[0] * diagonal < focal < FOCAL_RANGE[1] * diagonal else None
 
 
 def _number(details: dict, tag: int) -> float | None:

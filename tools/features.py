@@ -27,18 +27,20 @@ class Features:
 
 
 class Extractor:
-    """An image (H, W) uint8 -> Features; one class per feature type, which implements `_extract`.
+    """An image -> Features; one class per feature type, which implements `_extract`.
 
-    name, dim (of descriptors). dump_settings, eval_settings: its settings, as published, in training dumps and in
-    evaluation. weights_file: below weights/, if it is a network; it then has `weights_hash`, and takes `device`.
-    max_pixels: a larger image is downscaled to it first; its keypoints are those of the image given all the same.
-    batch_pixels: how many to give to `extract_batch` at a time; 0, one image, where batches gain nothing.
+    An image is (H, W) uint8, or with `color` (H, W, 3) BGR uint8. name, dim (of descriptors). dump_settings,
+    eval_settings: its settings in training dumps and in evaluation, those of the paper where that has them.
+    weights_file: of a network (`NetworkExtractor`). max_pixels: a larger image is downscaled to it first; its keypoints
+    are those of the image given all the same. batch_pixels: how many to give to `extract_batch` at a time; 0, one
+    image, where batches gain nothing.
     """
 
     name: str
     dim: int
     dump_settings: ClassVar[dict]
     eval_settings: ClassVar[dict]
+    color = False
     weights_file = None
     max_pixels = 0
     batch_pixels = 0
@@ -47,10 +49,10 @@ class Extractor:
         return self.extract_batch([image])[0]
 
     def extract_batch(self, images: list[np.ndarray]) -> list[Features]:
-        """Images (H, W) uint8, all of one size -> Features of each."""
+        """Images, all of one size -> Features of each."""
         if not images:
             return []
-        height, width = images[0].shape
+        height, width = images[0].shape[:2]
         scale = math.sqrt(self.max_pixels / max(1, height * width))
         if scale >= 1:
             return self._extract(images)
@@ -100,34 +102,35 @@ class Sift(Extractor):
         return Features(keypoints[order], scores[order], root, image_size)
 
 
-class Spp(Extractor):
-    """SuperPoint, the `max_keypoints` strongest (D = 256).
+class NetworkExtractor(Extractor):
+    """A feature type whose keypoints and descriptors a network finds: `_load` builds it, `_detect` runs it.
 
-    weights: its file; None is weights/superpoint_v1.pth, and InputError says so if it is missing. device: auto (a GPU
-    if there is one), cpu, cuda or cuda:N. align_corners: see `nets.superpoint.sample_descriptors`.
+    weights: a file of them; None is `weights_file`, wherever it is found, and InputError says so if it is missing.
+    device: auto (a GPU if there is one), cpu, cuda or cuda:N.
 
     The same batch gives the same bits again. Another device, batch or number of threads may round otherwise, which
     also decides about keypoints at the threshold.
     """
 
-    name, dim, weights_file = "spp", 256, "superpoint_v1.pth"
-    dump_settings: ClassVar = {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3,
-                               "align_corners": True}
-    eval_settings: ClassVar = {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4,
-                               "align_corners": True}
-    max_pixels = 6_000_000  # of 770 bytes each
-
-    def __init__(self, max_keypoints=2000, keypoint_threshold=0.0025, nms_radius=4, align_corners=True, device="auto",
-                 weights=None):
+    def __init__(self, device="auto", weights=None, **settings):
         # here, not above: workers that extract sift need no torch, and tools.checkpoint needs this module
-        from tools.checkpoint import load_superpoint
         from tools.distributed import choose_device
 
+        unknown = settings.keys() - self.eval_settings.keys()
+        if unknown:
+            raise TypeError(f"{self.name} has no setting {unknown.pop()}: it has {', '.join(self.eval_settings)}")
         self.device = choose_device(device)
-        self.network = load_superpoint(weights, self.device, max_keypoints=max_keypoints,
-                                       keypoint_threshold=keypoint_threshold, nms_radius=nms_radius,
-                                       align_corners=align_corners)
+        self.settings = {**self.eval_settings, **settings}
+        self.network = self._load(weights)
         self.batch_pixels = BATCH_PIXELS if self.device.type == "cuda" else 0
+
+    def _load(self, weights):
+        """The network in evaluation mode on `device`."""
+        raise NotImplementedError
+
+    def _detect(self, batch) -> list[tuple]:
+        """batch (B, 1 or 3, H, W) float in [0, 1], RGB -> keypoints (N, 2), scores (N,), descriptors (N, D) of each."""
+        raise NotImplementedError
 
     @functools.cached_property
     def weights_hash(self) -> str:
@@ -140,23 +143,102 @@ class Spp(Extractor):
     def _extract(self, images):
         import torch
 
-        batch = torch.from_numpy(np.stack(images)).to(self.device).unsqueeze(1).float() / 255
+        batch = np.stack(images)
+        batch = batch[..., ::-1].transpose(0, 3, 1, 2) if self.color else batch[:, None]
+        batch = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device).float() / 255
         # TF32 convolutions, torch's default on a GPU, would find other keypoints there than on the CPU
         with torch.inference_mode(), torch.backends.cudnn.flags(
                 enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
-            found = self.network(batch)
+            found = self._detect(batch)
         image_size = (images[0].shape[1], images[0].shape[0])
-        arrays = zip(*([tensor.cpu().numpy() for tensor in found[name]]
-                       for name in ("keypoints", "scores", "descriptors")))
-        return [Features(*of_image, image_size) for of_image in arrays]
+        features = []
+        for tensors in found:
+            keypoints, scores, descriptors = (tensor.float().cpu().numpy() for tensor in tensors)
+            order = np.argsort(-scores, kind="stable")
+            features.append(Features(keypoints[order], scores[order], descriptors[order], image_size))
+        return features
+
+
+class Spp(NetworkExtractor):
+    """SuperPoint, the `max_keypoints` strongest (D = 256). align_corners: see `nets.superpoint.sample_descriptors`."""
+
+    name, dim, weights_file = "spp", 256, "superpoint_v1.pth"
+    dump_settings: ClassVar = {"max_keypoints": 4096, "keypoint_threshold": 0.001, "nms_radius": 3,
+                               "align_corners": True}
+    eval_settings: ClassVar = {"max_keypoints": 2000, "keypoint_threshold": 0.0025, "nms_radius": 4,
+                               "align_corners": True}
+    max_pixels = 6_000_000  # of 770 bytes each
+
+    def _load(self, weights):
+        from tools.checkpoint import load_superpoint
+
+        return load_superpoint(weights, self.device, **self.settings)
+
+    def _detect(self, batch):
+        found = self.network(batch)
+        return list(zip(found["keypoints"], found["scores"], found["descriptors"]))
+
+
+class Aliked(NetworkExtractor):
+    """ALIKED of kornia, model aliked-n16, the `max_keypoints` strongest maxima of the score map (D = 128)."""
+
+    name, dim, weights_file, color = "aliked", 128, "aliked-n16.pth", True
+    dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
+    eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
+    max_pixels = 2_000_000  # of 2200 bytes each
+
+    def _load(self, weights):
+        from tools.pretrained import import_kornia, load_pretrained
+
+        aliked = import_kornia().ALIKED
+        # a threshold of 0 chooses by rank
+        options = {"max_num_keypoints": self.settings["max_keypoints"], "detection_threshold": 0.0,
+                   "nms_radius": self.settings["nms_radius"]}
+        return load_pretrained(self.weights_file, weights, self.device, lambda: aliked("aliked-n16", **options),
+                               lambda: aliked.from_pretrained("aliked-n16", **options))
+
+    def _detect(self, batch):
+        return [(found.keypoints, found.keypoint_scores, found.descriptors) for found in self.network(batch)]
+
+
+class Disk(NetworkExtractor):
+    """DISK of kornia, trained with depth, the `max_keypoints` strongest maxima (D = 128). Scores are logits."""
+
+    name, dim, weights_file, color = "disk", 128, "disk-depth-save.pth", True
+    dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
+    eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
+    max_pixels = 2_000_000  # of 2200 bytes each
+
+    def _load(self, weights):
+        from tools.pretrained import import_kornia, load_pretrained
+
+        disk = import_kornia().DISK
+        return load_pretrained(self.weights_file, weights, self.device, disk, lambda: disk.from_pretrained("depth"),
+                               # which load_checkpoint took for a wrapper's prefix
+                               lambda state: {f"unet.{name}": value for name, value in state.items()})
+
+    def _detect(self, batch):
+        if max(batch.shape[2:]) <= 16:  # its lowest level would have a single pixel, which cannot be normalised
+            none = batch.new_zeros(0)
+            return [(none.view(0, 2), none, none.view(0, self.dim)) for _ in batch]
+        found = self.network(batch, n=self.settings["max_keypoints"],
+                             window_size=2 * self.settings["nms_radius"] + 1, pad_if_not_divisible=True)
+        return [(features.keypoints, features.detection_scores, features.descriptors) for features in found]
 
 
 # what gives better matches later
-FEATURE_TYPES: dict[str, type[Extractor]] = {kind.name: kind for kind in (Sift, Spp)}
+FEATURE_TYPES: dict[str, type[Extractor]] = {kind.name: kind for kind in (Sift, Spp, Aliked, Disk)}
 
 
-def build_extractor(feature_type: str, **settings) -> Extractor:
-    """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N)."""
+def build_extractor(feature_type: str, weights=None, **settings) -> Extractor:
+    """Name of a feature type -> its Extractor; each type takes `device` (auto, cpu, cuda or cuda:N).
+
+    weights: a file for its network, None for the usual one; InputError if it has no network.
+    """
     if feature_type not in FEATURE_TYPES:
         raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(FEATURE_TYPES)}")
+    if weights is not None:
+        if not FEATURE_TYPES[feature_type].weights_file:
+            raise InputError(f"{feature_type} has no weights: leave out --feature_weights")
+        settings["weights"] = weights
     return FEATURE_TYPES[feature_type](**settings)

@@ -69,10 +69,8 @@ def _is_running(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is somebody else's
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # PermissionError: it is somebody else's
     return True
 
 
@@ -81,15 +79,16 @@ def file_hash(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def check_file(path, what: str = "file") -> None:
+def check_file(path, name: str = "file") -> None:
     """InputError unless `path` is a regular file, or a link to one: a FIFO or device is never opened."""
     try:
-        kind = os.stat(path).st_mode
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{name} not found: {path}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{what} not found: {path}" if isinstance(error, FileNotFoundError | NotADirectoryError) else
-                         f"cannot read {what} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
-    if not stat.S_ISREG(kind):
-        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a device or pipe'}, not a {what}")
+        raise InputError(f"cannot read {name} {str(path)[:200]!r}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a {name}")
 
 
 def below(folder, name) -> Path:
@@ -121,15 +120,20 @@ def write_json(path, content) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_text(path) -> str:
-    """Text as editors save it: UTF-8 with or without a BOM, UTF-16 with one, or Latin-1; else InputError."""
+def read_bytes(path) -> bytes:
+    """The content of a regular file; else InputError."""
     check_file(path)
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_text(path) -> str:
+    """Text as editors save it: UTF-8 with or without a BOM, UTF-16 with one, or Latin-1; else InputError."""
+    data = read_bytes(path)
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    for encoding in (("utf-16",) if utf16 else ("utf-8-sig", "latin-1")):
+    for encoding in ("utf-16",) if utf16 else ("utf-8-sig", "latin-1"):
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(encoding)
             if "\0" not in text:
@@ -138,10 +142,11 @@ def read_text(path) -> str:
 
 
 def _unique(pairs: list[tuple]) -> dict:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"key {name!r} is there twice")
+        content[name] = value
     return content
 
 
@@ -170,13 +175,11 @@ def read_lines(path) -> list[str]:
 def read_matrix(path, *sides: int) -> np.ndarray:
     """n x n numbers of a text file, n one of `sides`, (n, n) float64, nan and inf included; InputError if it holds
     anything else."""
-    try:
-        values = np.array(read_text(path).split(), dtype=np.float64)
-    except ValueError:
-        values = np.zeros(0)
-    for n in sides:
-        if len(values) == n * n:
-            return values.reshape(n, n)
+    words = read_text(path).split()
+    with contextlib.suppress(ValueError):
+        for n in sides:
+            if len(words) == n * n:
+                return np.array(words, np.float64).reshape(n, n)
     raise InputError(f"{path} does not hold {' or '.join(f'{n}x{n}' for n in sides)} numbers")
 
 
@@ -202,10 +205,15 @@ def read_image(path, color: bool = False) -> np.ndarray:
         raise InputError(f"image {path} is too large: {size[0]}x{size[1]}, at most {MAX_PIXELS / 1e6:.0f} megapixels")
     if _is_cut_off(path):
         raise InputError(f"image {path} is incomplete: get it again")
-    flag = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
-    # which OpenCV would cut to whole numbers
-    image = _from_floats(path, color) if Path(path).suffix.lower() in FLOAT_SUFFIXES else None
-    image = _decode(path, flag) if image is None else image
+    if Path(path).suffix.lower() in FLOAT_SUFFIXES:  # OpenCV would cut them to whole numbers
+        image = _decode(path, cv2.IMREAD_UNCHANGED)
+        if image is not None and image.dtype.kind == "f" and image.shape[2:] in ((), (3,), (4,)):
+            image = np.clip(np.nan_to_num(image, posinf=0), 0, 1e38).astype(np.float32)
+            image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
+            if image.ndim == 3:
+                return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)
+            return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if color else image
+    image = _decode(path, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE)
     if image is None:
         raise InputError(f"not a readable image: {path}")
     return image
@@ -222,17 +230,6 @@ def _is_cut_off(path) -> bool:
     except Exception:  # whatever a damaged file makes of Pillow's readers: OpenCV decides then
         pass
     return False
-
-
-def _from_floats(path, color: bool) -> np.ndarray | None:
-    image = _decode(path, cv2.IMREAD_UNCHANGED)
-    if image is None or image.dtype.kind != "f" or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-        return None
-    image = np.clip(np.nan_to_num(image, posinf=0), 0, 1e38).astype(np.float32)
-    image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
-    if image.ndim == 3:
-        return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if color else image
 
 
 def _decode(path, flag: int) -> np.ndarray | None:
@@ -263,13 +260,11 @@ def read_depth(path) -> np.ndarray:
             raise InputError(f"not a 16-bit depth PNG: {path}")
         return np.where(stored == 65535, 0, stored).astype(np.float32) / 1000
     try:
-        with open_hdf5(path) as file:
-            depth = hdf5_array(file, "depth", (None, None), "fiu")
+        with open_hdf5(path) as file, np.errstate(over="ignore"):
+            depth = hdf5_array(file, "depth", (None, None)).astype(np.float32)
     except InputError as error:
         raise InputError(f"not a depth map (HDF5 with a dataset 'depth'): {path} ({error})") from None
-    with np.errstate(over="ignore"):
-        depth = depth.astype(np.float32)
-    return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
 @contextlib.contextmanager
@@ -305,9 +300,9 @@ def hdf5_array(file, name: str, shape: tuple | None = None, kind: str = "fiu") -
     shape: None in it stands for any length; kind: `numpy.dtype.kind`s that are admitted. What the header claims is
     checked before memory is taken, and nothing outside the file is read: no links but hard ones, no external storage.
     """
-    item, where = _plain_dataset(file, name, kind), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, kind)
     if shape is not None and (len(shape) != len(item.shape)
-                              or any(n is not None and n != there for n, there in zip(shape, item.shape))):
+                              or any(n not in (None, there) for n, there in zip(shape, item.shape))):
         raise InputError(f"{where} has shape {item.shape}, not {shape}".replace("None", "any"))
     largest = max(SMALL_BYTES, MAX_COMPRESSION * item.id.get_storage_size())
     chunk = math.prod(item.chunks or (1,)) * item.dtype.itemsize
@@ -322,27 +317,25 @@ def hdf5_text(file, name: str) -> str:
     One of any length is read without the library, which takes memory and walks as a damaged file tells it to: its
     element holds the length, the address of a heap and the number of an object in there.
     """
-    item, where = _plain_dataset(file, name, "SO"), f"{name} of {file.file.filename}"
+    item, where = _plain_dataset(file, name, "SO")
     if item.size != 1:
         raise InputError(f"{where} is not one string")
     if item.dtype.kind == "S":
         return os.fsdecode(np.ravel(hdf5_array(file, name, kind="S"))[0])
-    with open(item.file.filename, "rb") as stored:
-        end = stored.seek(0, os.SEEK_END)
-        if item.chunks is None and item.id.get_offset() is not None:
-            stored.seek(item.id.get_offset())
-            element = stored.read(16)
-        else:
-            plain = 0 < 16 * math.prod(item.chunks or (0,)) <= end and not item.id.get_create_plist().get_nfilters()
-            element = item.id.read_direct_chunk((0,) * item.ndim)[1][:16] if plain else b""
-        if len(element) == 16 and h5py.check_string_dtype(item.dtype):
-            length, address, wanted = struct.unpack("<IQI", element)
-            stored.seek(min(item.file.userblock_size + address, end))
-            heap = stored.read(16)
-            size = struct.unpack("<8xQ", heap)[0] if heap[:4] == b"GCOL" and len(heap) == 16 else 0
-            heap = stored.read(min(size, end))
+    place = item.id.get_offset()
+    if item.chunks and item.id.get_num_chunks() and not item.id.get_create_plist().get_nfilters():
+        place = item.id.get_chunk_info(0).byte_offset
+    # whatever a damaged file makes of addresses and lengths
+    with (contextlib.suppress(struct.error, OverflowError, ValueError, OSError),
+          open(item.file.filename, "rb") as stored):
+        if place is not None and h5py.check_string_dtype(item.dtype):
+            stored.seek(place)
+            length, address, wanted = struct.unpack("<IQI", stored.read(16))
+            stored.seek(item.file.userblock_size + address)
+            signature, size = struct.unpack("<4s4xQ", stored.read(16))
+            heap = stored.read(min(size, SMALL_BYTES)) if signature == b"GCOL" else b""
             place = 0
-            while place + 16 <= len(heap):
+            while True:  # until an object is not there
                 number, n = struct.unpack_from("<H6xQ", heap, place)
                 if number == wanted and length <= n <= len(heap) - place - 16:
                     return os.fsdecode(heap[place + 16:place + 16 + length].rstrip(b"\0"))
@@ -350,7 +343,7 @@ def hdf5_text(file, name: str) -> str:
     raise InputError(f"{where} is damaged, or stored in a way that is not read here")
 
 
-def _plain_dataset(file, name: str, kind: str):
+def _plain_dataset(file, name: str, kind: str) -> tuple[h5py.Dataset, str]:
     item, where = hdf5_item(file, name), f"{name} of {file.file.filename}"
     if item is None:
         raise InputError(f"{where} is missing")
@@ -358,7 +351,7 @@ def _plain_dataset(file, name: str, kind: str):
         raise InputError(f"{where} is not a plain dataset")
     if item.dtype.kind not in kind:
         raise InputError(f"{where} is of type {item.dtype}")
-    return item
+    return item, where
 
 
 def hdf5_image(write) -> bytes:

@@ -40,8 +40,8 @@ MANIFEST_FIELDS = {"feature_type": (lambda value: value in tuple(FEATURE_TYPES),
 SETTINGS_FIELDS = {"min_keypoints": (is_count, None),
                    "descriptor_dtype": (lambda value: value in ("float16", "float32"), "float16")}
 SCENE_FIELDS = {"pairs": (lambda value: is_count(value) and value <= MOST_PAIRS, None), "images": (is_count, None),
-                **{name: (is_count, 0) for name in ("candidate_pairs", "candidate_images", "few_keypoints", "bytes",
-                                                     "keypoint_bytes")},
+                **dict.fromkeys(("candidate_pairs", "candidate_images", "few_keypoints", "bytes", "keypoint_bytes"),
+                                (is_count, 0)),
                 "rejected": (lambda value: isinstance(value, dict) and all(map(is_count, value.values())), {}),
                 "skipped": (is_list_of(str, str), [])}
 
@@ -130,8 +130,8 @@ def read_manifest(path) -> dict:
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise InputError(f"{file} is of format {manifest.get('format')} version {manifest.get('version')}, "
                          f"not {FORMAT} {VERSION}: run dump.dump_megadepth again")
-    manifest = check_fields(manifest, MANIFEST_FIELDS, file)
-    return {**manifest, "settings": check_fields(manifest["settings"], SETTINGS_FIELDS, file)}
+    settings = check_fields(check_fields(manifest, MANIFEST_FIELDS, file)["settings"], SETTINGS_FIELDS, file)
+    return {**manifest, "settings": settings}
 
 
 def read_scene(path, scene: str) -> dict:
@@ -142,9 +142,8 @@ def read_scene(path, scene: str) -> dict:
 
 def begun_scenes(path) -> list[str]:
     """Scenes that the dump has begun, complete or not, sorted."""
-    folders = [folder for name in ("keypoints", "matches") for folder in (Path(path) / name).glob("*")]
-    files = [file for file in (Path(path) / "scenes").glob("*.json") if file.name[0] != "."]
-    return sorted({folder.name for folder in folders} | {file.name.removesuffix(".json") for file in files})
+    folders = [folder.name for name in ("keypoints", "matches") for folder in Path(path, name).glob("*")]
+    return sorted({*folders, *(file.stem for file in Path(path, "scenes").glob("[!.]*.json"))})
 
 
 def load_dump(path, scenes=None) -> dict:
@@ -164,7 +163,7 @@ def load_dump(path, scenes=None) -> dict:
     counts = {scene: read_scene(path, scene)["pairs"] for scene in begun if scene not in incomplete}
     counts = {scene: pairs for scene, pairs in counts.items() if pairs}
     if not counts:
-        raise InputError(f"{path} has no pairs" + (f"; unfinished scenes: {', '.join(incomplete[:5])}"
-                                                   if incomplete else ""))
+        unfinished = f"; unfinished scenes: {', '.join(incomplete[:5])}" if incomplete else ""
+        raise InputError(f"{path} has no pairs{unfinished}")
     return {"feature_type": manifest["feature_type"], "settings": manifest["settings"], "scenes": counts,
             "incomplete": incomplete}

@@ -1,6 +1,8 @@
 """What is reported about poses and matches."""
 import numpy as np
 
+from tools.geometry import essential_matrix, to_camera_coordinates
+
 
 def angle_between(a: np.ndarray, b: np.ndarray) -> float:
     """Angle of two vectors (3,) in degrees, 0 to 180; 0 if one has no length."""
@@ -37,16 +39,21 @@ def _auc(errors: np.ndarray, thresholds) -> np.ndarray:
     return np.array([area / threshold for area, threshold in zip(areas, thresholds)]) / max(errors.shape[1], 1)
 
 
-def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000) -> list[tuple[float, float]]:
+def bootstrap_interval(errors, thresholds, seed: int, samples: int = 1000, baseline=None) -> list[tuple[float, float]]:
     """95% intervals of `pose_auc` when the pairs are drawn anew with replacement: (low, high) for each threshold.
 
-    errors (N,), or (S, N) of S runs over the same pairs, whose mean AUC it is then.
+    errors (N,), or (S, N) of S runs over the same pairs, whose mean AUC it is then. baseline, alike: errors of another
+    method on the same pairs; the intervals are then those of the AUC less its AUC, on the same draws.
     """
     errors = np.atleast_2d(np.asarray(errors, np.float64))
     n = errors.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n, (samples, n))
-    low, high = np.percentile(np.mean([_auc(of_run[drawn], thresholds) for of_run in errors], axis=0), [2.5, 97.5],
-                              axis=1)
+
+    def auc(runs):
+        return np.mean([_auc(run[drawn], thresholds) for run in runs], axis=0)
+
+    aucs = auc(errors) if baseline is None else auc(errors) - auc(np.atleast_2d(np.asarray(baseline, np.float64)))
+    low, high = np.percentile(aucs, [2.5, 97.5], axis=1)
     return [(float(a), float(b)) for a, b in zip(low, high)]
 
 
@@ -64,6 +71,12 @@ def epipolar_error(x0: np.ndarray, x1: np.ndarray, E: np.ndarray) -> np.ndarray:
     error = np.full(len(x0), np.inf)
     error[defined] = product[defined] * (1 / norm0[defined] + 1 / norm1[defined]) / 2
     return error
+
+
+def match_errors(keypoints0, keypoints1, K0, K1, T_0to1: np.ndarray) -> np.ndarray:
+    """`epipolar_error` (M,), in camera coordinates, of matched keypoints (M, 2) in pixels by the pose (4, 4)."""
+    return epipolar_error(to_camera_coordinates(keypoints0, K0), to_camera_coordinates(keypoints1, K1),
+                          essential_matrix(T_0to1))
 
 
 def precision_at_recall(scores, correct, n_true: int, recall: float) -> float | None:

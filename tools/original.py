@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tools.cli import InputError
-from tools.config import overlay
+from tools.config import check_keys, overlay
 
 DUMP_KEYS = {"data_name": "dataset", "rawdata_dir": "raw_data_dir", "data_seq": "scenes", "pair_list": "pair_list"}
 DUMP_UNUSED = ("feature_dump_dir", "overwrite", "extract")
@@ -19,15 +19,14 @@ EVAL_UNUSED = {"reader": ("name",), "evaluator": ("name", "rescale", "inlier_th"
 
 
 def _check_keys(values: dict, known, source: str, section: str = "") -> None:
-    """InputError for a key of `values` that is not known, whatever its value."""
-    overlay({section + key: values.get(key) for key in known}, {f"{section}{key}": values[key] for key in values},
-            f"{source}, of the original's form")
+    check_keys([section + key for key in values], [section + key for key in known], f"{source}, of the original's form")
 
 
-def _section(values: dict, key: str, source: str) -> dict:
-    section = values.get(key) or {}
+def _section(values: dict, name: str, known, source: str) -> dict:
+    section = values.get(name) or {}
     if not isinstance(section, dict):
-        raise InputError(f"{source}: {key} should hold keys and values, not {str(section)[:100]!r}")
+        raise InputError(f"{source}: {name} should hold keys and values, not {str(section)[:100]!r}")
+    _check_keys(section, known, source, f"{name}.")
     return section
 
 
@@ -44,8 +43,7 @@ def is_dump_config(values: dict) -> bool:
 def from_dump_config(values: dict, source: str) -> dict:
     """The YAML that the original made features with -> keys of `dump.dump`, `workers` among them."""
     _check_keys(values, [*DUMP_KEYS, *DUMP_UNUSED, "data_split", "dataset_dump_dir", "extractor"], source)
-    extractor = _section(values, "extractor", source)
-    _check_keys(extractor, EXTRACTOR_KEYS, source, "extractor.")
+    extractor = _section(values, "extractor", EXTRACTOR_KEYS, source)
     if values.get("data_split", ["test"]) not in ("test", ["test"]):
         raise InputError(f"{source}: data_split {values['data_split']!r}: only ['test'] is known")
     config = {ours: values[key] for key, ours in DUMP_KEYS.items() if key in values} | {"extractor": {}}
@@ -55,9 +53,8 @@ def from_dump_config(values: dict, source: str) -> dict:
     if "num_kpt" in extractor:
         config["extractor"]["max_keypoints"] = extractor["num_kpt"]
     if "resize" in extractor:
-        value = extractor["resize"]
-        sides = [] if value in (None, -1, [-1]) else value if isinstance(value, list) else [value]
-        config["resize"] = sides[::-1]  # height first
+        sides = extractor["resize"] if isinstance(extractor["resize"], list) else [extractor["resize"]]
+        config["resize"] = [] if sides in ([None], [-1]) else sides[::-1]  # height first
     if "num_process" in extractor:
         config["workers"] = extractor["num_process"]
     if "det_th" in extractor and name in ("root", "sift"):
@@ -83,8 +80,7 @@ def from_eval_config(values: dict, source: str) -> dict:
     unused = [key for key in values if key == "matcher"]
     sections = []
     for name, known in (("reader", READER_KEYS), ("evaluator", EVALUATOR_KEYS)):
-        section = _section(values, name, source)
-        _check_keys(section, [*known, *EVAL_UNUSED[name]], source, f"{name}.")
+        section = _section(values, name, [*known, *EVAL_UNUSED[name]], source)
         unused += [f"{name}.{key}" for key in section if key in EVAL_UNUSED[name]]
         sections.append(overlay(known, {key: section[key] for key in section if key in known}, f"{source}, {name}"))
     _name_unused(unused, source)

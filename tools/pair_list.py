@@ -33,12 +33,12 @@ def read_pair_list(path) -> list[Pair]:
 
     InputError if it cannot be read, holds no pair, or has a malformed line, which it names.
     """
-    lines = read_text(find_shipped(path, "assets")).splitlines()
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
+    for number, line in enumerate(read_text(find_shipped(path, "assets")).splitlines(), start=1):
+        tokens = line.split()
+        if tokens and not tokens[0].startswith("#"):
             try:
-                pairs.append(_parse(line.split()))
+                pairs.append(_parse(tokens))
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: {error}") from None
     if not pairs:

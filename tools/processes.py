@@ -1,8 +1,10 @@
 """Worker processes that start clean, leave Ctrl-C to their parent, and end with it."""
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import resource_tracker
 
@@ -43,3 +45,22 @@ class WorkerPool(ProcessPoolExecutor):
             return super().submit(*args, **kwargs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def in_order(pool, function, items, ahead: int):
+    """Yield function(item) for each item, in order, computed in `pool` at most `ahead` items ahead of the reader.
+
+    The bound keeps memory bounded: at most `ahead` items and results are alive. Without a pool it is map().
+    """
+    if pool is None:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    waiting = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -4,6 +4,7 @@ They load with `np.load(path, allow_pickle=False)`, hold no pickles, and can be 
 touches only the rows it uses. A field that is unknown (a path, say) holds the empty string.
 """
 import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,9 +37,6 @@ def _name(value: np.ndarray) -> str:
     except InputError as error:
         return f"is refused: {error}"
     return ""
-
-
-MAX_LETTER = 0x10FFFF  # of Unicode
 
 
 class Field(NamedTuple):
@@ -85,8 +83,6 @@ def write_record(path, record: dict) -> None:
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise TypeError(f"field {name} of {path} holds objects")
-        if array.dtype.kind == "U" and array.dtype.itemsize == 0:  # a zero-width string field cannot be memory-mapped
-            arrays[name] = array.astype("U1")
     # aligned, so that numbers of a memory-mapped record can be read in place
     dtype = np.dtype([(name, array.dtype, array.shape) for name, array in arrays.items()], align=True)
     packed = np.zeros((), dtype)
@@ -112,15 +108,13 @@ def read_record(path, fields: dict[str, Field] | None = None, mmap: bool = False
         raise InputError(f"cannot read record {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever a damaged header makes of NumPy's reader
         raise InputError(f"{path} is not a whole record: {error}; delete it and run the dump again") from None
-    fields = dict.fromkeys(packed.dtype.names) if fields is None else fields
     plain, record = packed.view(np.ndarray), {}  # checks are faster on plain arrays
-    for name, field in fields.items():
+    for name, field in (dict.fromkeys(packed.dtype.names) if fields is None else fields).items():
         if name in packed.dtype.names:
-            values = plain[name]
-            problem = _problem(values, field, lengths)
+            problem = _problem(plain[name], field, lengths)
             if problem:
                 raise InputError(f"{path} is damaged: its {name} {problem}")
-            record[name] = values.item() if values.shape == () else packed[name]
+            record[name] = plain[name].item() if plain[name].shape == () else packed[name]
         elif not field.optional:
             raise InputError(f"{path} is damaged: it lacks {name}")
     return record
@@ -137,22 +131,20 @@ def _read_packed(path, mmap: bool) -> np.ndarray:
         # before memory is taken for what the header claims
         if os.fstat(file.fileno()).st_size < file.tell() + dtype.itemsize:
             raise ValueError("it ends too soon")
-        if mmap:
-            return np.memmap(file, dtype, "r", file.tell(), ())
-        return np.fromfile(file, dtype, 1).reshape(())
+        return np.memmap(file, dtype, "r", file.tell(), ()) if mmap else np.fromfile(file, dtype, 1).reshape(())
 
 
 def _problem(values: np.ndarray, field: Field | None, lengths: dict[str, int]) -> str:
     """What is wrong with the values of a field, or ""; new lengths are added."""
     dtype, shape = values.dtype, values.shape
     # NumPy takes any 32 bits for a letter, and Python crashes later
-    if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > MAX_LETTER:
+    if dtype.kind == "U" and values.nbytes and values.ravel().view(dtype.byteorder + "u4").max() > sys.maxunicode:
         return "is not text"
     if field is None:
         return ""
     if dtype.kind not in field.kinds or not dtype.isnative or dtype.char == "g":
         return f"is of type {dtype}"
-    wanted = tuple(side if isinstance(side, int) else lengths.setdefault(side, n)
+    wanted = tuple(lengths.setdefault(side, n) if isinstance(side, str) else side
                    for side, n in zip(field.shape, shape)) + field.shape[len(shape):]
     if shape != wanted:
         return f"are {shape}, not {wanted}"

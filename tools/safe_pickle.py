@@ -5,16 +5,18 @@ unpickler here admits arrays, dicts, lists, tuples, strings and numbers, and not
 not handed out either: `numpy.dtype` and `ndarray.__setstate__` trust what they are given, and a made-up dtype makes
 them take bytes for pointers. What stands in for them here takes plain dtypes and data of exactly the right size.
 """
+import contextlib
+import functools
 import io
 import math
 import pickle
 import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
 from tools.cli import InputError
+from tools.files import read_bytes
 
 PLAIN_DTYPE = re.compile(r"[<>|=]?(\?|b1|[iu][1248]|f[248]|c(8|16)|[SU]\d{1,5}|O[48]?)")
 # scene_info files shrink 2 to 10 times, those of few points in many images 20 times; a file of zeros 1000 times
@@ -66,22 +68,33 @@ def _whole(side) -> int:
     return side
 
 
+class _Function(functools.partial):
+    """A function that a pickle may call and not set attributes of."""
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("a function has no state")
+
+
+@_Function
 def _reconstruct(cls, shape, code):
     return _Array()
 
 
-def _scalar(dtype, data):
-    if dtype.dtype.hasobject:
-        raise pickle.UnpicklingError("a scalar of objects is not admitted")
-    return _frombuffer(data, dtype, (), "C")[()]
-
-
+@_Function
 def _frombuffer(data, dtype, shape, order):
     array = _Array()
     array.__setstate__((shape, dtype, order == "F", data))
     return array
 
 
+@_Function
+def _scalar(dtype, data):
+    if dtype.dtype.hasobject:
+        raise pickle.UnpicklingError("a scalar of objects is not admitted")
+    return _frombuffer(data, dtype, (), "C")[()]
+
+
+@_Function
 def _encode(text: str, encoding: str) -> bytes:
     """What `_codecs.encode` does for the bytes in pickles of protocol 2, and no other codec."""
     if encoding != "latin1":
@@ -89,33 +102,18 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _Function:
-    """A function that a pickle may call and not set attributes of."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("a function has no state")
-
-
 # name in a pickle, as NumPy 1 and 2 write it -> what stands in for it
-STAND_INS = {"numpy.dtype": _DType, "numpy.ndarray": _Array, "_codecs.encode": _Function(_encode)}
+STAND_INS = {"numpy.dtype": _DType, "numpy.ndarray": _Array, "_codecs.encode": _encode}
 for _core in ("numpy.core", "numpy._core"):
-    STAND_INS |= {f"{_core}.multiarray._reconstruct": _Function(_reconstruct),
-                  f"{_core}.multiarray.scalar": _Function(_scalar),
-                  f"{_core}.numeric._frombuffer": _Function(_frombuffer)}
+    STAND_INS |= {f"{_core}.multiarray._reconstruct": _reconstruct, f"{_core}.multiarray.scalar": _scalar,
+                  f"{_core}.numeric._frombuffer": _frombuffer}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        try:
-            return STAND_INS[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
+        if f"{module}.{name}" not in STAND_INS:
+            raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
+        return STAND_INS[f"{module}.{name}"]
 
 
 def _check_opcodes(data: bytes) -> None:
@@ -150,32 +148,23 @@ def _check_opcodes(data: bytes) -> None:
         at += length if op != pickle.FRAME[0] else 0
 
 
-def _unpickle(data: bytes, path):
+@contextlib.contextmanager
+def _one_line(before: str, after: str):
+    """Whatever a damaged file makes of pickle, zipfile and NumPy becomes an InputError."""
     try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{before}: {why}{after}") from None
+
+
+def _unpickle(data: bytes, path):
+    with _one_line(f"refused to unpickle {path}", " (only arrays, dicts, lists and numbers are read)"):
         _check_opcodes(data)
         # latin1: arrays pickled by Python 2 hold their bytes as str
         return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"refused to unpickle {path}: {why} (only arrays, dicts, lists and numbers are read)"
-                         ) from None
-
-
-def load_pickle(path):
-    """Read a pickle file that holds arrays, dicts, lists, tuples, strings and numbers; InputError otherwise.
-
-    Arrays in it are read-only.
-    """
-    return _unpickle(_read(path), path)
-
-
-def _read(path) -> bytes:
-    if not Path(path).is_file():
-        raise InputError(f"file not found: {path}")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _parse_npy(data: bytes, path) -> np.ndarray:
@@ -194,9 +183,18 @@ def _parse_npy(data: bytes, path) -> np.ndarray:
     return np.ndarray(shape, dtype, bytearray(data), order="F" if fortran else "C")
 
 
+def load_pickle(path):
+    """Read a pickle file that holds arrays, dicts, lists, tuples, strings and numbers; InputError otherwise.
+
+    Arrays in it are read-only.
+    """
+    return _unpickle(read_bytes(path), path)
+
+
 def load_npy(path) -> np.ndarray:
     """Read an .npy whose array may hold objects; InputError if it is missing, damaged, or holds more than data."""
-    return _guarded(_parse_npy, _read(path), path)
+    with _one_line(f"{path} is damaged", "; get or make it again"):
+        return _parse_npy(read_bytes(path), path)
 
 
 def load_npz(path) -> dict:
@@ -204,14 +202,10 @@ def load_npz(path) -> dict:
 
     Some public files are named .npz but are one pickle (MegaDepth-1500's): what it holds is returned.
     """
-    data = _read(path)
+    data = read_bytes(path)
     if data[:2] != b"PK":
         return _unpickle(data, path)
-    return _guarded(_parse_npz, data, path)
-
-
-def _parse_npz(data: bytes, path) -> dict:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with _one_line(f"{path} is damaged", "; get or make it again"), zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
         if sum(member.file_size for member in members) > MAX_COMPRESSION * len(data) + SMALL:
             raise ValueError(f"unpacked it would be more than {MAX_COMPRESSION} times its size")
@@ -219,33 +213,20 @@ def _parse_npz(data: bytes, path) -> dict:
                 for member in members}
 
 
-def _guarded(parse, data: bytes, path):
-    """parse(data, path); whatever a damaged file makes of zipfile, zlib and NumPy becomes an InputError."""
-    try:
-        return parse(data, path)
-    except InputError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is damaged: {why or type(error).__name__}; get or make it again") from None
-
-
-def numbers(value, *shape, what: str = "a value") -> np.ndarray:
+def numbers(value, *shape, name: str = "a value") -> np.ndarray:
     """A new float64 array from an array, or lists or tuples of numbers, of a file; InputError unless it has `shape`.
 
     None in `shape`: any length. Lists are checked level by level, as one that holds itself has no size.
     """
-    def check(part, shape):
+    def check(part, shape) -> bool:
         if isinstance(part, np.ndarray):
-            good = part.dtype.kind in "biuf" and part.ndim == len(shape) and all(
+            return part.dtype.kind in "biuf" and part.ndim == len(shape) and all(
                 wanted in (None, side) for wanted, side in zip(shape, part.shape))
-        elif shape:
-            good = isinstance(part, (list, tuple)) and shape[0] in (None, len(part)) and all(
+        if shape:
+            return isinstance(part, list | tuple) and shape[0] in (None, len(part)) and all(
                 check(inner, shape[1:]) for inner in part)
-        else:
-            good = isinstance(part, (float, np.floating, np.integer)) or (isinstance(part, int) and abs(part) < 2 ** 63)
-        return good
+        return isinstance(part, float | np.floating | np.integer) or (isinstance(part, int) and abs(part) < 2 ** 63)
 
     if not check(value, shape):
-        raise InputError(f"{what} is not of {' x '.join('n' if side is None else str(side) for side in shape)} numbers")
+        raise InputError(f"{name} is not of {' x '.join('n' if side is None else str(side) for side in shape)} numbers")
     return np.array(value, np.float64)

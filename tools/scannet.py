@@ -22,10 +22,15 @@ def beside(name: str, folder: str, suffix: str) -> str:
     return str(path.parent.parent / folder / (path.stem + suffix))
 
 
+def usable_camera(K: np.ndarray, pose: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """K (3, 3) and pose (4, 4) as they are; InputError that names the files `where` if they cannot be used."""
+    if not (is_camera_matrix(K) and is_rigid(pose)):
+        raise InputError(f"camera not usable: {where}")
+    return K, pose
+
+
 def read_scannet_camera(root, name: str) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of the image root/<scene>/img/<N>.jpg; InputError if unusable."""
     intrinsic, extrinsic = (below(root, beside(name, folder, ".txt")) for folder in ("intrinsic", "extrinsic"))
-    K, pose = read_matrix(intrinsic, 3, 4)[:3, :3], read_matrix(extrinsic, 4)
-    if not (is_camera_matrix(K) and is_rigid(pose)):
-        raise InputError(f"camera not usable: {intrinsic} {extrinsic}")
+    K, pose = usable_camera(read_matrix(intrinsic, 3, 4)[:3, :3], read_matrix(extrinsic, 4), f"{intrinsic} {extrinsic}")
     return K, np.linalg.inv(pose)

@@ -22,7 +22,7 @@ MIN_SHARED_POINTS = 20
 
 def check_camera(K, pose) -> tuple[np.ndarray, np.ndarray]:
     """K (3, 3) and world-to-camera pose (4, 4) of a file as new float64 arrays; InputError if they cannot be used."""
-    K, pose = numbers(K, 3, 3, what="intrinsics"), numbers(pose, 4, 4, what="pose")
+    K, pose = numbers(K, 3, 3, name="intrinsics"), numbers(pose, 4, 4, name="pose")
     if not is_camera_matrix(K):
         raise InputError("the intrinsics are not a camera matrix")
     if not is_rigid(pose):
@@ -47,22 +47,20 @@ def load_scene_info(path) -> dict:
     numbers, or has no image that can be used.
     """
     info = load_npz(path)
-    missing = [name for name in ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix",
-                                 "points3D_id_to_2D") if not isinstance(info, dict) or name not in info]
+    needed = ("image_paths", "depth_paths", "intrinsics", "poses", "overlap_matrix", "points3D_id_to_2D")
+    missing = [name for name in needed if not isinstance(info, dict) or name not in info]
     if missing:
         raise InputError(f"{path} is not a scene_info file: it lacks {', '.join(missing)}")
     n = len(np.atleast_1d(info["image_paths"]))
-    for name in MATRIX_FIELDS:
-        if name in info:
-            if np.shape(info[name]) != (n, n):
-                raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
-            info[name] = numbers(info[name], n, n, what=f"{path}: {name}")
-    for name in OBJECT_FIELDS:
-        if name in info:
-            values = info[name]
-            if not isinstance(values, (np.ndarray, list)) or np.ndim(values) == 0 or len(values) != n:
-                raise InputError(f"{path}: {name} is missing, or not for {n} images")
-            info[name] = np.fromiter(values, object, n)
+    matrices, objects = ([name for name in fields if name in info] for fields in (MATRIX_FIELDS, OBJECT_FIELDS))
+    for name in matrices:
+        if np.shape(info[name]) != (n, n):
+            raise InputError(f"{path}: {name} is {np.shape(info[name])}, for {n} images")
+        info[name] = numbers(info[name], n, n, name=f"{path}: {name}")
+    for name in objects:
+        if not isinstance(info[name], np.ndarray | list) or getattr(info[name], "ndim", 1) == 0 or len(info[name]) != n:
+            raise InputError(f"{path}: {name} is missing, or not for {n} images")
+        info[name] = np.fromiter(info[name], object, n)
     left_out = []
     for i in range(n):
         try:
@@ -71,14 +69,13 @@ def load_scene_info(path) -> dict:
             if info["intrinsics"][i] is not None and info["poses"][i] is not None:
                 info["intrinsics"][i], info["poses"][i] = check_camera(info["intrinsics"][i], info["poses"][i])
             points = info["points3D_id_to_2D"][i]
-            if not isinstance(points, (dict, type(None))) or not all(
-                    isinstance(id, (int, np.integer)) and 0 <= id < 2 ** 63 for id in points or ()):
+            if not isinstance(points, dict | None) or not all(
+                    isinstance(id, int | np.integer) and 0 <= id < 2 ** 63 for id in points or ()):
                 raise InputError("its 3D points are no dict by number")
         except InputError as error:
             left_out.append([str(info["image_paths"][i]), str(error)])
-            for name in OBJECT_FIELDS:
-                if name in info:
-                    info[name][i] = None
+            for name in objects:
+                info[name][i] = None
     if left_out and len(left_out) == n:
         raise InputError(f"{path} has no image that can be used; the first: {left_out[0][1]}")
     return {**info, "left_out": left_out} if left_out else info
@@ -122,18 +119,16 @@ def candidate_pairs(info: dict) -> np.ndarray:
 
     info: as from load_scene_info. Images without a path, depth map, K or pose are in no pair.
     """
-    n = len(info["image_paths"])
-    usable = np.array([all(info[name][i] is not None for name in ("image_paths", "depth_paths", "intrinsics", "poses"))
-                       for i in range(n)], bool)
+    known = ("image_paths", "depth_paths", "intrinsics", "poses")
+    usable = np.array([all(info[name][i] is not None for name in known) for i in range(len(info["image_paths"]))], bool)
     overlap = np.asarray(info["overlap_matrix"], np.float64)
     wanted = (overlap >= MIN_OVERLAP) & (overlap <= MAX_OVERLAP) & usable[:, None] & usable[None]
     np.fill_diagonal(wanted, False)
-    points = [list(info["points3D_id_to_2D"][i] or ()) if usable[i] else [] for i in range(n)]
+    points = [list(seen or ()) if is_usable else [] for seen, is_usable in zip(info["points3D_id_to_2D"], usable)]
     ids, columns = np.unique(np.fromiter(itertools.chain.from_iterable(points), np.int64), return_inverse=True)
-    starts = np.concatenate([[0], np.cumsum([len(of_image) for of_image in points])])
-    sees = csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape=(n, max(len(ids), 1)))
-    shared = (sees @ sees.T).toarray()
-    return np.argwhere(wanted & (shared >= MIN_SHARED_POINTS))
+    starts = np.cumsum([0, *map(len, points)])
+    sees = csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape=(len(points), max(len(ids), 1)))
+    return np.argwhere(wanted & ((sees @ sees.T).toarray() >= MIN_SHARED_POINTS))
 
 
 def read_megadepth1500(folder) -> list[Pair]:
@@ -153,15 +148,15 @@ def _read_pair_infos(path) -> list[Pair]:
     if not isinstance(info, dict) or not all(
             isinstance(info.get(name), list) or getattr(info.get(name), "ndim", 0) for name in fields):
         raise InputError(f"{path} is not a file of MegaDepth-1500: it lacks one of {', '.join(fields)}")
+    n = min(len(info[name]) for name in fields[:3])
     for entry in info["pair_infos"]:
         try:
             if not isinstance(entry, list | tuple | np.ndarray) or getattr(entry, "ndim", 1) == 0 or len(entry) == 0:
                 raise InputError("it holds what is no pair")
-            i, j = numbers(entry[0], 2, what="a pair")
-            n = min(len(info[name]) for name in fields[:3])
-            if not (0 <= i < n and 0 <= j < n):  # nor nan
-                raise InputError(f"images {i:g} and {j:g}, which the file does not have")
-            i, j = int(i), int(j)
+            indices = numbers(entry[0], 2, name="a pair")
+            if not ((indices >= 0) & (indices < n)).all():  # nor nan
+                raise InputError(f"images {indices[0]:g} and {indices[1]:g}, which the file does not have")
+            i, j = indices.astype(int)
             (K0, pose0), (K1, pose1) = (check_camera(info["intrinsics"][k], info["poses"][k]) for k in (i, j))
             names = [check_name(info["image_paths"][k]) for k in (i, j)]
             pairs.append(Pair(*names, 0, 0, colmap_to_opencv_K(K0), colmap_to_opencv_K(K1),

@@ -1,4 +1,5 @@
 """Drawing only: matches between two images, the iterations of a pair, and curves."""
+import contextlib
 import importlib.util
 import os
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 from scipy.spatial import KDTree
 
 from tools.files import atomic_path
+from tools.geometry import resize_keypoints
 
 # a notebook names its backend to the processes that it starts, where that may not be installed
 _SCHEME, _, _MODULE = os.environ.get("MPLBACKEND", "").partition("://")
@@ -49,15 +51,21 @@ def score_colors(scores: np.ndarray) -> np.ndarray:
     return _ramp(1 - np.clip(np.asarray(scores, np.float64), 0, 1))
 
 
-def _as_view(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """An image (H, W) or (H, W, 3), made small enough for a picture, and its scale; in gray, for colours to show."""
-    if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-    scale = min(1.0, VIEW_SIDE / max(image.shape))
-    if scale < 1:
-        size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), scale
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """An image downscaled for its longer side to be `side`; as it is if it is no larger."""
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _as_view(image: np.ndarray, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W) or (H, W, 3) and its keypoints, small enough for a picture; in gray, for colours to show."""
+    gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
+    scale = min(1.0, VIEW_SIDE / max(gray.shape))
+    keypoints = resize_keypoints(np.asarray(keypoints, np.float64), scale, scale)
+    return cv2.cvtColor(shrink(gray, VIEW_SIDE), cv2.COLOR_GRAY2BGR), keypoints
 
 
 def _text_width(line: str, size: int, weight: int = 400) -> int:
@@ -84,7 +92,7 @@ def draw_matches(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarray,
     images given; title: lines of text above. Coloured by errors (M,), by scores (M,), or all green. A legend with
     counts ends the text.
     """
-    (view0, scale0), (view1, scale1) = _as_view(image0), _as_view(image1)
+    (view0, ends0), (view1, ends1) = _as_view(image0, keypoints0), _as_view(image1, keypoints1)
     lines = list(title)
     if errors is not None:
         colors = error_colors(errors, error_threshold)
@@ -109,10 +117,8 @@ def draw_matches(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarray,
     for row, line in enumerate(lines):
         _write_text(canvas, line, 6, TEXT_HEIGHT * (row + 1) - 4)
 
-    # pixel centres keep their place under resizing; OpenCV draws to 1/16 pixel
-    ends0 = (np.asarray(keypoints0, np.float64) + 0.5) * scale0 - 0.5 + [0, top]
-    ends1 = (np.asarray(keypoints1, np.float64) + 0.5) * scale1 - 0.5 + [left1, top]
-    ends0, ends1 = np.rint(ends0 * 16).astype(int).tolist(), np.rint(ends1 * 16).astype(int).tolist()
+    ends0, ends1 = ends0 + [0, top], ends1 + [left1, top]
+    ends0, ends1 = (np.rint(ends * 16).astype(int).tolist() for ends in (ends0, ends1))  # OpenCV draws to 1/16 pixel
     colors = colors.tolist()
     for i in order:  # the wrong ones last: none is hidden under a right one
         cv2.line(canvas, ends0[i], ends1[i], colors[i], 1, cv2.LINE_AA, 4)
@@ -139,15 +145,16 @@ class Stage:
     errors: tuple[float, float] | None = None
 
 
-def _fit(image: np.ndarray, width: int) -> tuple[np.ndarray, float]:
-    """An image as wide as a picture's panel, gray, dark and even in contrast; and its scale."""
+def _fit(image: np.ndarray, keypoints: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image as wide as a picture's panel, gray, dark and even in contrast; and its keypoints (N, 2) there."""
     gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
     scale = width / gray.shape[1]
     size = width, max(round(gray.shape[0] * scale), 1)
     gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     low, high = np.percentile(gray, [1, 99])
     gray = np.interp(gray, [low, max(high, low + 1)], [15, 125])
-    return cv2.cvtColor(gray.astype(np.uint8), cv2.COLOR_GRAY2BGR), scale
+    keypoints = resize_keypoints(np.asarray(keypoints, np.float64), scale, scale)
+    return cv2.cvtColor(gray.astype(np.uint8), cv2.COLOR_GRAY2BGR), keypoints
 
 
 def _draw_stage(views, ends, stage: Stage, gap: int, beside: bool) -> np.ndarray:
@@ -165,12 +172,12 @@ def _draw_stage(views, ends, stage: Stage, gap: int, beside: bool) -> np.ndarray
     panel[offset[1]:offset[1] + h1, offset[0]:offset[0] + w1] = views[1]
     ends = ends[0], ends[1] + offset
     points = [np.rint(xy * 16).astype(int).tolist() for xy in ends]
-    for of_view, kept in zip(points, (stage.kept0, stage.kept1)):
-        is_kept = np.zeros(len(of_view), bool)
+    for centers, kept in zip(points, (stage.kept0, stage.kept1)):
+        is_kept = np.zeros(len(centers), bool)
         is_kept[kept] = True
         for color, chosen in ((DROPPED, ~is_kept), (KEPT, is_kept)):
             for i in np.flatnonzero(chosen):
-                cv2.circle(panel, of_view[i], 20, color, cv2.FILLED, cv2.LINE_AA, 4)
+                cv2.circle(panel, centers[i], 20, color, cv2.FILLED, cv2.LINE_AA, 4)
     lines, joined = panel.copy(), np.zeros(len(stage.matches), bool)
     joined[::max(1, -(-len(joined) // MAX_LINES))] = True
     for color, chosen in ((RED, ~stage.inliers), (GREEN, stage.inliers)):
@@ -229,10 +236,7 @@ def draw_iterations(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarr
     n_rows = -(-len(stages) // STRIP_COLUMNS)
     columns = -(-len(stages) // n_rows)
     width = (STRIP_WIDTH - gap * (columns - 1)) // columns
-    fitted = [_fit(image, width) for image in (image0, image1)]
-    views = [view for view, _ in fitted]
-    ends = [(np.asarray(xy, np.float64) + 0.5) * scale - 0.5
-            for xy, (_, scale) in zip((keypoints0, keypoints1), fitted)]
+    views, ends = zip(_fit(image0, keypoints0, width), _fit(image1, keypoints1, width))
     above, row_height = round(1.7 * size), round(2.2 * size)
     panel_height = len(views[0]) + 6 + len(views[1])
     height = above + panel_height + size // 2 + 4 * row_height
@@ -268,10 +272,7 @@ def iteration_frames(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndar
     aspect = sum(image.shape[1] / image.shape[0] for image in (image0, image1))
     view_height = (GIF_WIDTH - gap) / aspect
     width0 = round(view_height * image0.shape[1] / image0.shape[0])
-    fitted = [_fit(image0, width0), _fit(image1, GIF_WIDTH - gap - width0)]
-    views = [view for view, _ in fitted]
-    ends = [(np.asarray(xy, np.float64) + 0.5) * scale - 0.5
-            for xy, (_, scale) in zip((keypoints0, keypoints1), fitted)]
+    views, ends = zip(_fit(image0, keypoints0, width0), _fit(image1, keypoints1, GIF_WIDTH - gap - width0))
     above, panel_height = round(1.7 * size), max(len(view) for view in views)
     column = (GIF_WIDTH - 3 * 20) // 4
     frames = []
@@ -313,12 +314,28 @@ def write_strip(path, picture: np.ndarray) -> None:
         _with_palette(picture).save(temporary, optimize=True)
 
 
-def write_gif(path, frames: list[np.ndarray], seconds: list[float]) -> None:
-    """Write what `iteration_frames` returns as an animated GIF that repeats, atomically; seconds: of each frame."""
-    pictures = [_with_palette(frame) for frame in frames]
+def write_gif(path, frames: list[np.ndarray]) -> None:
+    """Write what `iteration_frames` returns as an animated GIF that repeats and rests on the last one, atomically."""
+    first, *others = map(_with_palette, frames)
     with atomic_path(path) as temporary:
-        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], loop=0,
-                         duration=[round(1000 * duration) for duration in seconds])
+        first.save(temporary, save_all=True, append_images=others, loop=0, duration=[*[1200] * len(others), 3000])
+
+
+@contextlib.contextmanager
+def plot(path, n_panels: int = 1, legend_above: bool = False):
+    """Give axes (n_panels,) beside each other to draw into; then add legends and write them as a PNG, atomically."""
+    figure = Figure(figsize=(6 * n_panels, 4), layout="constrained")
+    panels = figure.subplots(1, n_panels, squeeze=False)[0]
+    yield panels
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2} if legend_above else {}
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, **place)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def plot_curves(path, curves: dict, xlabel: str, ylabel: str, title: str = "", ylim: tuple | None = None) -> None:
@@ -328,17 +345,9 @@ def plot_curves(path, curves: dict, xlabel: str, ylabel: str, title: str = "", y
 
 def plot_panels(path, panels: dict[str, dict], xlabel: str, title: str = "", ylim: tuple | None = None) -> None:
     """Write a PNG of panels {ylabel: curves} beside each other, curves and ylim as in `plot_curves`, atomically."""
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    for place, (ylabel, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        for name, (x, y) in curves.items():
-            axes.plot(x, y, label=name, linewidth=1.5)
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
-        axes.margins(x=0)
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        if curves:
-            axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with plot(path, len(panels)) as all_axes:
+        for axes, (ylabel, curves) in zip(all_axes, panels.items()):
+            for name, (x, y) in curves.items():
+                axes.plot(x, y, label=name, linewidth=1.5)
+            axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
+            axes.margins(x=0)

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 from nets.losses import POSE_CLAMP, POSE_FORMS
 from tools.cli import MOST_KEYPOINTS, InputError
-from tools.config import load_config
+from tools.config import load_config, overlay
 from tools.correspondences import ONLINE_INLIER_TH
 from tools.features import FEATURE_TYPES
 
@@ -103,22 +103,11 @@ SETTINGS = {
     "keep_checkpoints": Setting(3, "checkpoints of epochs to keep, besides latest and best", 1, MOST),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
+SOURCE = {"path": "", "weight": 1.0, "scene_list_fn": None}  # an entry of online_sources
 # of the original's configurations
 UNUSED = ("name", "dataset", "network_1", "network_2", "base_path_", "scene_list_fn_", "scene_list_fn_validation",
           "min_overlap_ratio", "max_overlap_ratio", "image_size", "pre_load", "error_th", "train", "optim_",
           "eval_config", "with_dist")
-
-
-def _check_source(entry) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise InputError(f"online_sources: {entry!r} should be a mapping with a path")
-    unknown = set(entry) - {"path", "weight", "scene_list_fn"}
-    if unknown:
-        raise InputError(f"online_sources: unknown key {min(unknown)!r} for {entry['path']}: it may have weight and "
-                         "scene_list_fn")
-    weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 2 ** 63:
-        raise InputError(f"online_sources: weight {weight!r} of {entry['path']} should be a number above 0")
 
 
 def load_train_config(path, arguments: list[str]) -> dict:
@@ -141,7 +130,11 @@ def load_train_config(path, arguments: list[str]) -> dict:
     if config["online_views"] % 2:
         raise InputError(f"online_views {config['online_views']}: expected an even number")
     for entry in config["online_sources"]:
-        _check_source(entry)
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise InputError(f"online_sources: {entry!r} should be a mapping with a path")
+        weight = overlay(SOURCE, entry, f"online_sources, {entry['path']}")["weight"]
+        if weight <= 0:
+            raise InputError(f"online_sources: weight {weight:g} of {entry['path']} should be a number above 0")
     if config["online_sources"] and not config["online"]:
         raise InputError("online_sources are given, but online is off: set online 1")
     if config["its_per_epoch"] == 0:

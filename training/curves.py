@@ -47,16 +47,6 @@ def plot_losses(folder) -> Path:
     return path
 
 
-def compare_runs(path, folders: list) -> None:
-    """Draw loss and precision in training of the runs in `folders` as a PNG; InputError if one has no log."""
-    runs = {str(folder): read_curves(folder, COMPARED, COMPARED_POINTS) for folder in folders}
-    for folder, curves in runs.items():
-        if not curves:
-            raise InputError(f"{folder} holds no log of a run: give the save_path of train.py")
-    plot_panels(path, {name: {folder: curves[name] for folder, curves in runs.items() if name in curves}
-                       for name in COMPARED}, xlabel="step")
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser("training.curves", description="Compare training runs: loss and precision of "
                                      f"matches over steps, {COMPARED_POINTS} means of each.")
@@ -65,7 +55,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if Path(args.save_path).suffix != ".png":
         raise InputError(f"--save_path {args.save_path}: give the name of a .png file")
-    compare_runs(args.save_path, args.runs)
+    runs = {folder: read_curves(folder, COMPARED, COMPARED_POINTS) for folder in args.runs}
+    for folder, curves in runs.items():
+        if not curves:
+            raise InputError(f"{folder} holds no log of a run: give the save_path of train.py")
+    plot_panels(args.save_path, {name: {folder: curves[name] for folder, curves in runs.items() if name in curves}
+                                 for name in COMPARED}, xlabel="step")
     print(args.save_path)
     return 0
 

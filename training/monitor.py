@@ -29,25 +29,21 @@ class Monitor:
         """An epoch of n_steps begins, of which `done` were before."""
         self.title = f"epoch {epoch}"
         self.bar = tqdm(desc=self.title, initial=done, total=n_steps, unit="step", disable=None)
-        self.began, self.history = time.perf_counter(), []
-        self._begin_rate()
-
-    def _begin_rate(self):
-        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.began, self.history, self.waited = time.perf_counter(), [], []
+        self.since = self.began
 
     def log_step(self, step: int, values: dict, per_iteration: dict, waited: float) -> None:
         """Log a step. values: scalars by name; per_iteration: arrays (L,) by name; waited: seconds, for samples."""
         values = {**values, **_precision_recall(values)}
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
-        self.steps += 1
-        self.waited += waited
-        if self.steps == RATE_STEPS:
-            seconds = time.perf_counter() - self.since
-            self.writer.add_scalar("speed/samples_per_second", self.steps * self.batch_size / seconds, step)
-            self.writer.add_scalar("speed/data_wait_share", self.waited / seconds, step)
+        self.waited.append(waited)
+        if len(self.waited) == RATE_STEPS:
+            now = time.perf_counter()
+            self.writer.add_scalar("speed/samples_per_second", RATE_STEPS * self.batch_size / (now - self.since), step)
+            self.writer.add_scalar("speed/data_wait_share", sum(self.waited) / (now - self.since), step)
+            self.since, self.waited = now, []
             self._log_iterations(step, per_iteration)
-            self._begin_rate()
         self.history.append([values[name] for name in ("loss", "precision", "recall")])
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, recall {values['recall']:.2f}, "
                                  f"{self._rate():.1f} samples/s", refresh=False)

@@ -2,11 +2,10 @@
 from pathlib import Path
 
 from tools.cli import InputError
-from tools.features import FEATURE_TYPES
 from tools.files import read_lines
 from tools.manifest import manifest_path
 from training.data import Choice, DumpSource, Labels, Samples
-from training.online import PhotoSource, SceneSource, ViewSettings
+from training.online import PhotoSource, SceneSource, pairs_of_views
 
 MIN_MATCHES = 21  # true ones, of a pair made on the fly
 
@@ -35,27 +34,23 @@ def dump_samples(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: 
 
 def online_samples(config: dict) -> Samples:
     """Samples made on the fly from photographs and MegaDepth's layout, mixed with those of dumps."""
-    extractor = {**FEATURE_TYPES[config["feature"]].dump_settings, "max_keypoints": config["extract_keypoints"]}
-    extractor |= {key: config[key] for key in ("contrast_threshold",) if key in extractor}
-    labels = Labels(config["inlier_th"], config["outlier_th"])
-    settings = ViewSettings(config["feature"], tuple(extractor.items()), config["unique_locations"],
-                            config["view_size"], config["online_views"], labels)
+    labels = Labels(config["inlier_th"], config["outlier_th"]) if config["outlier_th"] else None
     entries = config["online_sources"] or [{"path": config["base_path"], "scene_list_fn": config["scene_list_fn"]}]
-    sources, seed, per_scene = [], config["seed"], config["pairs_per_scene"]
+    sources = []
     for entry in entries:
         path, scene_list_fn = Path(entry["path"]), entry.get("scene_list_fn")
         if not path.is_dir():
             raise InputError(f"{path} is not a folder: online training takes photographs, MegaDepth's layout or a dump")
         if manifest_path(path).is_file():
-            sources.append(_open_dump(config, path, scene_list_fn, per_scene, seed,
-                                      labels if labels.outlier_th else None))
+            sources.append(_open_dump(config, path, scene_list_fn, config["pairs_per_scene"], config["seed"], labels))
         elif (path / "scene_info").is_dir():
-            sources.append(SceneSource(path, _read_scenes(scene_list_fn), per_scene, settings, seed))
+            sources.append(SceneSource(path, _read_scenes(scene_list_fn), config))
         else:
-            sources.append(PhotoSource(path, settings, seed))
+            sources.append(PhotoSource(path, config))
     choice = Choice(config["max_keypoints"], config["min_inliers"], config["max_inliers"], config["random_inliers"],
                     config["min_keypoints"], MIN_MATCHES)
-    return Samples(sources, choice, seed, [entry.get("weight", 1) for entry in entries], settings.pairs)
+    weights = [float(entry.get("weight", 1)) for entry in entries]
+    return Samples(sources, choice, config["seed"], weights, pairs_of_views(config))
 
 
 def training_samples(config: dict) -> Samples:

@@ -82,7 +82,7 @@ def transform(points: np.ndarray, H: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, H: np.ndarray, view_size: tuple[int, int], background=None) -> np.ndarray:
-    """An image (H, W) uint8 through the homography of its pixels to the view's, (h, w) uint8.
+    """An image (H, W) or (H, W, 3) uint8 through the homography of its pixels to the view's, of size (w, h).
 
     Around it is the background (h, w) uint8, or its own mirror image: an even border would be full of keypoints.
     """
@@ -91,7 +91,7 @@ def warp(image: np.ndarray, H: np.ndarray, view_size: tuple[int, int], backgroun
     origin, right, down = transform(centre, np.linalg.inv(H))
     pixels = np.sqrt(abs(np.linalg.det([right - origin, down - origin])))  # of the image, for one of the view
     if pixels > 1.25:  # bilinear resampling alone would alias
-        size = [max(round(side / pixels), 8) for side in image.shape[::-1]]
+        size = [max(round(side / pixels), 8) for side in image.shape[1::-1]]
         scale_x, scale_y = image.shape[1] / size[0], image.shape[0] / size[1]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         H = H @ np.array([[scale_x, 0, (scale_x - 1) / 2], [0, scale_y, (scale_y - 1) / 2], [0, 0, 1]])
@@ -101,19 +101,20 @@ def warp(image: np.ndarray, H: np.ndarray, view_size: tuple[int, int], backgroun
 
 
 def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (H, W) uint8 as another camera in another light takes it.
+    """An image (H, W) or (H, W, 3) uint8 as another camera in another light takes it.
 
     A shadow that falls off across the image (half of the time), contrast, exposure and gamma (always), blur (a third),
     noise (half) and JPEG (a third).
     """
-    h, w = image.shape
+    h, w = image.shape[:2]
     if rng.random() < 0.5:
         angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.7)
         centre, width = rng.uniform(-0.3, 0.3), rng.uniform(0.05, 0.5)
         across = (np.cos(angle) * np.linspace(-0.5, 0.5, w, dtype=np.float32)
                   + np.sin(angle) * np.linspace(-0.5, 0.5, h, dtype=np.float32)[:, None])
         light = 1 - strength / (1 + np.exp((across - centre) * (4 / width)))
-        image = cv2.multiply(image, light, dtype=cv2.CV_8U)
+        channels = image.shape[2] if image.ndim == 3 else 1
+        image = cv2.multiply(image, cv2.merge([light] * channels), dtype=cv2.CV_8U)
     values = np.linspace(0, 1, 256)
     mean = image.mean() / 255
     values = np.clip((values - mean) * rng.uniform(0.6, 1.4) + mean, 0, 1)
@@ -122,9 +123,9 @@ def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 1 / 3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.6))
     if rng.random() < 0.5:
-        noise = rng.standard_normal((h, w), np.float32)
+        noise = rng.standard_normal(image.shape, np.float32)
         image = cv2.add(image, noise * np.float32(rng.uniform(1, 8)), dtype=cv2.CV_8U)
     if rng.random() < 1 / 3:
         _, packed = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 95))])
-        image = cv2.imdecode(packed, cv2.IMREAD_GRAYSCALE)
+        image = cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
     return image

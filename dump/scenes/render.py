@@ -1,8 +1,7 @@
 """Textured rectangles seen by a pinhole camera: exact z-buffer, prefiltered textures, sun and shadow, sensor.
 
-A camera is K (3, 3) in OpenCV's pixel convention, a world-to-camera pose (4, 4), and a size (w, h). For the plane of
-a rectangle, (s, t, 1) / depth is linear in the pixel (s, t: place in the rectangle, 0..1), which gives coverage,
-depth and texture coordinates without error.
+K is in OpenCV's pixel convention, poses are world-to-camera. In the plane of a rectangle, (s, t, 1) divided
+by depth is linear in the pixel (s, t: place in the rectangle, 0..1): coverage, depth and texture coordinates are exact.
 """
 from dataclasses import dataclass
 
@@ -11,8 +10,7 @@ import numpy as np
 
 from tools.geometry import make_pose, resize_K
 
-# samples per pixel and side; the texture is filtered for the samples, they in turn smooth the outlines
-SUPERSAMPLING = 2
+SUPERSAMPLING = 2  # samples per pixel and side
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +49,10 @@ class Atlas:
         self.sizes = level_sizes.astype(np.float32)
         for i, texture in enumerate(textures):
             for v in range(self.LEVELS):
-                if v:
-                    texture = cv2.resize(texture, (texture.shape[1], int(level_sizes[i, 1, v])),
-                                         interpolation=cv2.INTER_AREA)
-                reduced = texture
+                h = level_sizes[i, 1, v]
+                reduced = texture = cv2.resize(texture, (texture.shape[1], h), interpolation=cv2.INTER_AREA)
                 for u in range(self.LEVELS):
-                    if u:
-                        reduced = cv2.resize(reduced, (int(level_sizes[i, 0, u]), reduced.shape[0]),
-                                             interpolation=cv2.INTER_AREA)
+                    reduced = cv2.resize(reduced, (level_sizes[i, 0, u], h), interpolation=cv2.INTER_AREA)
                     x, y = corners[i] + (before[i, 0, u], before[i, 1, v])
                     self.image[y:y + reduced.shape[0], x:x + reduced.shape[1]] = reduced
 
@@ -152,9 +146,9 @@ def look_at(center, target, roll=0.0) -> np.ndarray:
     forward = (target - center) / np.linalg.norm(target - center)
     right = np.cross(forward, [0, 0, 1.0])
     right /= np.linalg.norm(right)
-    R = np.stack([right, np.cross(forward, right), forward])
     turn = np.array([[np.cos(roll), np.sin(roll), 0], [-np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
-    return make_pose(turn @ R, -turn @ R @ center)
+    R = turn @ np.stack([right, np.cross(forward, right), forward])
+    return make_pose(R, -R @ center)
 
 
 def sunlight(rectangles, sun, index, depth, K, pose, radius, resolution=1024) -> np.ndarray:

@@ -1,0 +1,74 @@
+"""What the commands share: their common options, what ends them, and what they say at their end."""
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from tools.cli import InputError
+from tools.files import write_json
+
+resource = None  # Windows has none
+with contextlib.suppress(ImportError):
+    import resource
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
+
+
+def add_common_options(parser) -> None:
+    parser.add_argument("--device", default="auto", help="for networks: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--report", metavar="FILE", help="write counts, rates and memory of this process as JSON")
+    parser.add_argument("--verify", action="store_true", help="only read again what was written")
+
+
+def _system_message(error: OSError) -> str:
+    """What the system said, without HDF5's account of its own functions."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+@contextlib.contextmanager
+def writing(target):
+    """What keeps the block from writing, a full disk for one, ends the command in one line that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {_system_message(error)}; what is done is kept") from None
+
+
+def _peak_bytes() -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        # what getrusage gives counts the process that started this one, up to then
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+def peak_memory_mb(workers: int) -> float | None:
+    """Most memory that this process held so far, plus `workers` times that of the largest process it started.
+
+    Of the latter, those that have ended count. None where the system does not say.
+    """
+    if resource is None:
+        return None
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT
+    return (_peak_bytes() + workers * child) / 1e6
+
+
+def finish_report(path, report: dict) -> None:
+    """Print the rates and sizes of a report that are known; write it as JSON if there is a `path`."""
+    print(", ".join(f"{report[name]:.{digits}f} {unit}" for name, digits, unit in (
+        ("images_per_second", 2, "images/s"), ("pairs_per_second", 1, "pairs/s"),
+        ("megabytes_per_image", 2, "MB an image"), ("peak_memory_mb", 0, "MB of memory")) if report[name] is not None))
+    if path:
+        try:
+            write_json(path, report)
+        except OSError as error:
+            raise InputError(f"cannot write --report {path}: {_system_message(error)}; all else is done") from None
+
+
+def report_verified(n: int, problems: list, kind: str) -> int:
+    """Print what a verification found, (name, problem) each; return the exit status that says so."""
+    print(f"{n} {kind} read, {len(problems)} problems")
+    for name, problem in problems:
+        print(f"  {name}: {problem}", file=sys.stderr)
+    return 1 if problems else 0
