@@ -128,7 +128,7 @@ class MatchingState:
 class Propagation(nn.Module):
     """The 2 L attention layers: even = self, odd = cross."""
 
-    def __init__(self, dim: int, n_layers: int, shares_attention: bool, norm_fn: str | None, ac_fn: str,
+    def __init__(self, dim: int, n_layers: int, norm_fn: str | None, ac_fn: str, shares_attention: bool,
                  together: bool):
         super().__init__()
         shares = [shares_attention and is_second(t) for t in range(n_layers + 1)]
@@ -166,7 +166,8 @@ class Matcher(nn.Module):
                  sinkhorn_iterations=20, match_threshold=0.2, n_min_tokens=256):
         super().__init__()
         if descriptor_dim % layout.N_HEADS:
-            raise ValueError(f"descriptor_dim {descriptor_dim} is not a multiple of {layout.N_HEADS}, the number of heads")
+            raise ValueError(f"descriptor_dim {descriptor_dim} is not a multiple of {layout.N_HEADS}, the number of "
+                             "heads")
         if ac_fn not in ACTIVATIONS:
             raise ValueError(f"ac_fn {ac_fn!r}: expected one of {', '.join(ACTIVATIONS)}")
         self.n_layers = n_layers
@@ -175,10 +176,12 @@ class Matcher(nn.Module):
         self.match_threshold = match_threshold
         self.n_min_tokens = n_min_tokens
         self.kenc = KeypointEncoder(descriptor_dim, norm_fn, ac_fn)
-        self.gnn = Propagation(descriptor_dim, n_layers, self.shares_attention, norm_fn, ac_fn,
-                               self.views_together)
+        self.gnn = Propagation(descriptor_dim, n_layers, norm_fn, ac_fn, self.shares_attention, self.views_together)
         self.final_proj = nn.ModuleList([nn.Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
         self.bin_score = nn.Parameter(torch.tensor(1.0))
+        with torch.no_grad():  # a seed gives the weights that it gave in the published layout
+            for name, parameter in self.named_parameters():
+                parameter.copy_(layout.from_published(name, parameter.clone()))
         self.register_load_state_dict_pre_hook(_take_published)
         self.register_state_dict_post_hook(_give_published)
 
@@ -188,7 +191,7 @@ class Matcher(nn.Module):
         if keypoints[0] is None:
             keypoints = [normalize_keypoints(data[f"keypoints{v}"], data[f"image_size{v}"]) for v in "01"]
         views = Views(tuple(x.shape[1] for x in keypoints), (data.get("mask0"), data.get("mask1")))
-        descriptors, scores = (torch.cat([data[f"{name}{v}"] for v in "01"], dim=1) for name in ("descriptors", "scores"))
+        descriptors, scores = (torch.cat([data[name + v] for v in "01"], dim=1) for name in ("descriptors", "scores"))
         return MatchingState(self, descriptors + self.kenc(torch.cat(keypoints, dim=1), scores, views), views)
 
     def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:

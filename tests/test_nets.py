@@ -1,5 +1,4 @@
 """The matchers beyond the golden files: against tests/oracle.py, by their symmetries, and at the limits of numbers."""
-import copy
 import itertools
 import warnings
 
@@ -413,6 +412,42 @@ def results(matcher, data):
     out["loss"].backward()
     gradients = [parameter.grad.clone() for parameter in matcher.parameters()]
     return found + [out[name].detach() for name in SCALARS] + gradients
+
+
+@pytest.mark.parametrize("kind", ["imp", "eimp"])
+def test_a_training_step_is_one_graph(kind):
+    """For torch.compile: fragments would reach its limit of recompilations, and give less speed."""
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(make_matcher(kind, training=True))(make_data(20, 16, DIM))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["imp", "eimp"])
+def test_exported_for_any_number_of_keypoints(kind):
+    def inputs(n0, n1):
+        return {key: value for key, value in make_data(n0, n1, DIM).items() if key[-1] in "01" and key != "gt0"}
+
+    matcher = make_matcher(kind)
+    sizes = {v: {1: torch.export.Dim(f"n{v}", min=2, max=4096)} for v in "01"}
+    data = inputs(20, 16)
+    with torch.no_grad():
+        exported = torch.export.export(matcher, (data,), dynamic_shapes=({key: sizes[key[-1]] for key in data},))
+        other = inputs(30, 41)
+        for name, value in exported.module()(other).items():
+            close(value, matcher(other)[name])
+
+
+def test_eimp_pools_in_bfloat16():
+    """Masses of attention in bfloat16 would be the same for all keypoints, and none would be dropped."""
+    matcher = make_matcher("eimp").float()
+    data = {key: value.float() for key, value in make_data(200, 160, DIM).items() if key[-1] in "01"}
+    kept = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            *_, state = matcher.iterate(data, 4)
+            state.mask_out(0.6)
+            kept.append(int(state.keep0.sum()))
+    assert kept[0] < 180 and kept[1] == pytest.approx(kept[0], abs=12)
 
 
 @pytest.mark.parametrize("kind", ["imp", "eimp"])
