@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from eval import summary
-from eval.iterative import PairMatches, Schedule
+from eval.iterative import PairMatches
 from eval.journal import Journal
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting, default_feature_type
 from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
@@ -139,13 +139,15 @@ def build_methods(args) -> dict[str, Method]:
         raise InputError(f"--weights names {len(weights)} files for the networks {', '.join(networks) or '(none)'}: "
                          "give one for each, in their order, or one for all")
     weights = dict(zip(networks, weights if len(weights) > 1 else weights * len(networks)))
-    schedule = Schedule(args.schedule[0] - 1, args.schedule[1]) if args.schedule else None
+    schedule = {} if args.schedule is None else {"first": args.schedule[0] - 1, "every": args.schedule[1]}
+    schedule |= {} if args.same_pose is None else {"same_pose": args.same_pose}
     methods = {}
     for name in args.matching_method:
         method = Method(MATCHERS[name](MatcherSettings(
             args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
-            args.match_threshold, args.n_layers, args.device, not args.no_pruning, schedule)))
+            args.match_threshold, args.n_layers, args.device, not args.no_pruning)))
         matcher = method.matcher
+        matcher.schedule = replace(matcher.schedule, **schedule)
         if args.plot_time_auc and matcher.iterates:
             for n_iterations in range(3, matcher.n_iterations, 2):
                 methods[f"{name} {n_iterations} iterations"] = method.with_iterations(n_iterations)
@@ -209,7 +211,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="in this loop, let EIMP keep more keypoints where few matches agree with the pose")
     parser.add_argument("--schedule", type=whole_number(1), nargs=2, metavar=("FIRST", "EVERY"),
                         help="of this loop: look at matches after so many iterations, then after each EVERY more "
-                        "(default: 4 2, of LightGlue 3 1)")
+                        "(default: 4 2, of LightGlue 2 1)")
+    parser.add_argument("--same_pose", type=number(0), metavar="DEGREES", help="and end it when two poses in a row "
+                        "differ by no more (default: 1.5, of LightGlue 0.5)")
     parser.add_argument("--no_pruning", action="store_true",
                         help="in this loop, let LightGlue keep all keypoints")
     parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "

@@ -83,11 +83,12 @@ def _pairs(matches0: torch.Tensor, scores0: torch.Tensor) -> tuple[np.ndarray, n
 class Schedule:
     """When the loop reads matches: after iteration `first` (0-based), then after each `every`-th, and after the last.
 
-    The default is the paper's: 3, 5, 7, ...
+    It stops when two poses in a row differ by at most same_pose degrees. The default is the paper's: 3, 5, 7, ...
     """
 
     first: int = 3
     every: int = 2
+    same_pose: float = SAME_POSE
 
     def reads(self, t: int, n_layers: int) -> bool:
         """Whether matches are read after iteration t of n_layers."""
@@ -97,12 +98,12 @@ class Schedule:
 PUBLISHED_SCHEDULE = Schedule()
 
 
-def same_pose(pose: tuple | None, other: tuple | None) -> bool:
-    """Whether two poses (R, t, ...) differ by at most SAME_POSE in rotation and in translation, whose sign counts."""
+def same_pose(pose: tuple | None, other: tuple | None, degrees: float = SAME_POSE) -> bool:
+    """Whether two poses (R, t, ...) differ by at most so much in rotation and in translation, whose sign counts."""
     if pose is None or other is None:
         return False
     _, error_R = pose_error(make_pose(*other[:2]), *pose[:2])
-    return max(angle_between(other[1], pose[1]), error_R) <= SAME_POSE
+    return max(angle_between(other[1], pose[1]), error_R) <= degrees
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
         if enough:
             step.pose = estimate(step.matches, step.scores)
         inlier_ratio = 0.0 if step.pose is None else float(np.mean(step.pose[2]))
-        if inlier_ratio > 0 and same_pose(step.pose, last_pose):
+        if inlier_ratio > 0 and same_pose(step.pose, last_pose, schedule.same_pose):
             R, t, inliers = step.pose
             agree = np.ones(int(np.sum(inliers)), bool)
             return PairMatches(step.matches[inliers], step.scores[inliers], agree, (R, t, agree), state.iteration + 1,

@@ -37,8 +37,7 @@ class MatcherSettings:
     """What the matchers are built from. dataset: yfcc, scannet or None, names the default weights.
 
     weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks,
-    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop;
-    schedule: of the loop, None for the matcher's own.
+    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop.
     """
 
     feature_type: str = "sift"
@@ -50,7 +49,6 @@ class MatcherSettings:
     n_layers: int | None = None
     device: str = "cpu"
     prune: bool = True
-    schedule: Schedule | None = None
 
 
 class Matcher:
@@ -140,7 +138,6 @@ class Network(Matcher):
             raise InputError(f"--n_layers {settings.n_layers}: the network of {self.path} has {self.n_layers} "
                              "iterations")
         self.n_iterations = settings.n_layers or self.n_layers
-        self.schedule = settings.schedule or self.schedule
         if settings.match_threshold is not None:
             self.threshold = settings.match_threshold
 
@@ -183,7 +180,7 @@ class LightGlueMatcher(Network):
 
     name, feature_types, default_feature_type = "LightGlue", tuple(LIGHTGLUE_FEATURES), "aliked"
     threshold = 0.1
-    schedule = Schedule(first=2, every=1)
+    schedule = Schedule(first=1, every=1, same_pose=0.5)
 
     def _load(self, settings):
         self.path = settings.weights or find_pretrained(lightglue_file(settings.feature_type))

@@ -202,10 +202,12 @@ def test_evaluation(scene, tmp_path):
 
 def test_when_the_loop_looks(scene, tmp_path):
     looks = command(scene, tmp_path, "--matching_method", "LightGlue", "--use_iterative", "--schedule", "5", "2",
-                    "--no_pruning")
+                    "--same_pose", "0", "--no_pruning")
     assert eval_imp.main(looks) == 0
     methods = json.loads((tmp_path / "results.json").read_text())["tables"][0]["methods"]
+    # without an end by the pose, LightGlue's own decides
     assert methods["LightGlue iterative"]["by_iteration"][0]["iterations"] == 5
+    assert methods["LightGlue iterative"]["stopped_early"] == 0
     assert methods["LightGlue iterative"]["keypoints_kept"] == 400
 
 
