@@ -418,7 +418,7 @@ def results(matcher, data):
 def test_a_training_step_is_one_graph(kind):
     """For torch.compile: fragments would reach its limit of recompilations, and give less speed."""
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(make_matcher(kind, training=True))(make_data(20, 16, DIM))
+    explained = torch._dynamo.explain(make_matcher(kind, n_layers=4, training=True))(make_data(20, 16, DIM))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
@@ -439,15 +439,15 @@ def test_exported_for_any_number_of_keypoints(kind):
 
 def test_eimp_pools_in_bfloat16():
     """Masses of attention in bfloat16 would be the same for all keypoints, and none would be dropped."""
-    matcher = make_matcher("eimp").float()
-    data = {key: value.float() for key, value in make_data(200, 160, DIM).items() if key[-1] in "01"}
+    matcher = make_matcher("eimp", bin_score=60.0).float()
+    data = {key: value.float() for key, value in make_data(400, 400, DIM).items() if key[-1] in "01"}
     kept = []
     for enabled in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             *_, state = matcher.iterate(data, 4)
-            state.mask_out(0.6)
+            state.mask_out(0.9)
             kept.append(int(state.keep0.sum()))
-    assert kept[0] < 180 and kept[1] == pytest.approx(kept[0], abs=12)
+    assert kept[0] < 300 and kept[1] == pytest.approx(kept[0], abs=10)
 
 
 @pytest.mark.parametrize("kind", ["imp", "eimp"])
