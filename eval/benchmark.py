@@ -31,7 +31,7 @@ from eval.summary import align
 from imp_matching import ROOT
 from nets import SuperPoint, build_matcher
 from nets.assignment import assign
-from nets.matchers import POOL_THRESHOLD
+from nets.matchers import POOL_THRESHOLD, is_second
 from tools.checkpoint import SUPERPOINT, save_checkpoint
 from tools.cli import InputError, run
 from tools.distributed import choose_device
@@ -59,7 +59,7 @@ def operations(n: int, dim: int, n_layers: int) -> float:
 
     A shared attention matrix counts once. The encoder, norms, softmax and Sinkhorn are left out: they are few.
     """
-    shared = sum(t >= 3 and t % 2 == 1 for t in range(n_layers))
+    shared = sum(map(is_second, range(n_layers)))
     linear, product = 2 * dim * dim * 2 * n, 2 * n * n * dim * 2  # of both views: D x D layer; Q K^T or A V
     own, share = 10 * linear + 2 * product, 8 * linear + product
     return 2 * ((n_layers - shared) * own + shared * share) + linear + product / 2
