@@ -216,8 +216,7 @@ def benchmark_train(args, device: torch.device) -> dict:
         functions = {"assignments": partial(_assignments_step, data, args.layers)}
         for kind, net in matchers(args.dim, args.layers, device).items():
             if args.compile:
-                for layer in net.gnn.layers:
-                    layer.compile()
+                net.compile()
             optimizer = torch.optim.Adam(net.parameters(), fused=device.type == "cuda")
             for precision in args.precision:
                 functions[kind, precision] = partial(_step, partial(_loss, net.train(), data, precision, device),

@@ -23,12 +23,13 @@ class _Sinkhorn(torch.autograd.Function):
         keep_steps = ctx.needs_input_grad[0]
         p_t = p.transpose(1, 2)
         u, v = torch.ones_like(r), torch.ones_like(c)
+        eps = p.new_full((1, 1, 1), _EPS)
         row_scales, column_scales = [], [v]
         row_sums, column_sums = [], []
         for _ in range(iterations):
-            row_sum = _times(v, p_t).add_(_EPS)
+            row_sum = torch.baddbmm(eps, v.unsqueeze(1), p_t).squeeze(1)
             u = r / row_sum
-            column_sum = _times(u, p).add_(_EPS)
+            column_sum = torch.baddbmm(eps, u.unsqueeze(1), p).squeeze(1)
             v = c / column_sum
             if keep_steps:
                 row_scales.append(u)
@@ -50,16 +51,19 @@ class _Sinkhorn(torch.autograd.Function):
         weighted = grad * p
         grad_u = _times(v[-1], weighted.transpose(1, 2))
         grad_v = _times(u[-1], weighted)
-        left, right = [], []  # grad of p from each step: an outer product of a row and a column vector
+        # du/da = -u/a and dv/db = -v/b of all steps at once: a GPU would launch a kernel for each
+        du, dv = -u / a, -v[1:] / b
+        grads_a, grads_b = [], []
         for k in reversed(range(len(u))):
-            grad_b = -grad_v * v[k + 1] / b[k]
-            grad_u = grad_u + _times(grad_b, p_t)
-            grad_a = -grad_u * u[k] / a[k]
-            left += [u[k], grad_a]
-            right += [grad_b, v[k]]
-            grad_v = _times(grad_a, p)
-            grad_u = torch.zeros_like(grad_u)
-        grad_p.baddbmm_(torch.stack(left, dim=-1), torch.stack(right, dim=1))
+            grads_b.append(grad_v * dv[k])
+            grad_u = _times(grads_b[-1], p_t) if grads_a else grad_u + _times(grads_b[-1], p_t)
+            grads_a.append(grad_u * du[k])
+            if k:
+                grad_v = _times(grads_a[-1], p)
+        grads_a, grads_b = torch.stack(grads_a[::-1]), torch.stack(grads_b[::-1])
+        left = torch.cat([u, grads_a]).permute(1, 2, 0)  # grad of p from each step: outer products of rows and columns
+        right = torch.cat([grads_b, v[:-1]]).transpose(0, 1)
+        grad_p.baddbmm_(left, right)
         return grad_p, None, None, None
 
 

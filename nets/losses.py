@@ -1,4 +1,7 @@
-"""Training losses."""
+"""The objective of training: true matches, the losses of an iteration, and their total.
+
+To add a term: compute it in `judge`, and add it to `loss` there.
+"""
 from typing import NamedTuple
 
 import torch
@@ -19,10 +22,15 @@ class Targets(NamedTuple):
     matches1: Tensor  # (B, N1) int64, N0 = dustbin
 
 
-def targets_from_mask(matching_mask: Tensor) -> Targets:
-    """matching_mask (B, N0+1, N1+1), at most a single 1 in each row and column but the last -> Targets."""
-    value0, matches0 = matching_mask[:, :-1].max(dim=2)
-    value1, matches1 = matching_mask[:, :, :-1].max(dim=1)
+def targets_of(data: dict) -> Targets | None:
+    """The true matches of a batch: target0 (B, N0) and target1 (B, N1), or matching_mask (B, N0+1, N1+1), with at most
+    a single 1 in each row and column but the last; None if it has neither."""
+    if "target0" in data:
+        return Targets(data["target0"], data["target1"])
+    if "matching_mask" not in data:
+        return None
+    value0, matches0 = data["matching_mask"][:, :-1].max(dim=2)
+    value1, matches1 = data["matching_mask"][:, :, :-1].max(dim=1)
     return Targets(matches0.masked_fill(value0 <= 0, -1), matches1.masked_fill(value1 <= 0, -1))
 
 
@@ -49,8 +57,11 @@ def _mean_per_sample(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(where, values, 0).sum(dim=1) / count.clamp(min=1), count > 0
 
 
-def matching_loss_from_targets(assignment: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """As `matching_loss`, for true matches given as indices."""
+def matching_loss(assignment: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the true assignment: (of the true matches, of the dustbins), scalars.
+
+    assignment (B, N0+1, N1+1). The loss is the sum of the two.
+    """
     n0, n1 = assignment.shape[1] - 1, assignment.shape[2] - 1
     true = (targets.matches0 >= 0) & (targets.matches0 < n1)
     p_true = assignment[:, :-1].gather(2, targets.matches0.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -61,15 +72,6 @@ def matching_loss_from_targets(assignment: Tensor, targets: Targets) -> tuple[Te
         loss, any_dustbin = _mean_per_sample(-torch.log(p + _EPS), dustbin)
         sides.append(loss.sum() / any_dustbin.sum().clamp(min=1))
     return corr, (sides[0] + sides[1]) / 2
-
-
-def matching_loss(assignment: Tensor, matching_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of the true assignment in one iteration: (of the true matches, of the dustbins), scalars.
-
-    assignment (B, N0+1, N1+1); matching_mask likewise: 1 at true matches and in the dustbin column or row for the
-    rest. The loss is the sum of the two.
-    """
-    return matching_loss_from_targets(assignment, targets_from_mask(matching_mask))
 
 
 def epipolar_distance(x0: Tensor, x1: Tensor, E: Tensor) -> Tensor:
@@ -131,3 +133,45 @@ def pose_consistency_loss(assignment: Tensor, targets: Targets, x0: Tensor, x1: 
         losses = _mean_per_sample(distance, true)[0]
         used = used & (gap > MIN_GAP) & torch.isfinite(losses)
         return torch.where(used, losses, 0).mean(), used.sum()
+
+
+def match_counts(assignment: Tensor, targets: Targets, threshold: float) -> dict[str, Tensor]:
+    """What matches with a score above the threshold get right, as counts per sample, scalars.
+
+    acc_corr: true matches found, of total_acc_corr; acc_incorr: unmatched keypoints of view 0 left unmatched, of
+    total_acc_incorr; total_matches: matches of labelled keypoints. The names are the published trainer's.
+    """
+    matches0 = mutual_matches(assignment, threshold)[0]
+    n1 = assignment.shape[2] - 1
+    is_match = (targets.matches0 >= 0) & (targets.matches0 < n1)
+    is_dustbin = targets.matches0 == n1
+    counts = {"acc_corr": is_match & (matches0 == targets.matches0), "acc_incorr": is_dustbin & (matches0 < 0),
+              "total_acc_corr": is_match, "total_acc_incorr": is_dustbin,
+              "total_matches": (is_match | is_dustbin) & (matches0 >= 0)}
+    return {name: count.sum() / len(matches0) for name, count in counts.items()}
+
+
+def judge(state, targets: Targets, data: dict, pose_weight: float = 0.0, pose_clamp: float = POSE_CLAMP,
+          pose_form: str = "normalised") -> dict[str, Tensor]:
+    """One iteration (`nets.matchers.MatchingState`) against the true matches: scalars by name.
+
+    loss, and its terms matching_loss_corr and matching_loss_incorr, where keypoints that pooling dropped do not count;
+    and `match_counts` of all keypoints, of which those are unmatched. With pose_weight > 0 also pose_loss, which takes
+    camera_keypoints0/1 and has_pose of `data`, and pose_samples, how many samples it could use; pose_clamp, pose_form:
+    as for `pose_consistency_loss`.
+    """
+    kept = restrict(targets, state.keep0, state.keep1)
+    corr, incorr = matching_loss(state.assignment, kept)
+    judged = {"loss": corr + incorr, "matching_loss_corr": corr, "matching_loss_incorr": incorr}
+    if pose_weight > 0:
+        pose, used = pose_consistency_loss(state.assignment, kept, data["camera_keypoints0"], data["camera_keypoints1"],
+                                           data["has_pose"], pose_clamp, pose_form)
+        judged |= {"loss": judged["loss"] + pose_weight * pose, "pose_loss": pose, "pose_samples": used.float()}
+    return judged | match_counts(state.assignment, targets, state.matcher.match_threshold)
+
+
+def total(judged: list[dict[str, Tensor]]) -> dict:
+    """Means over the iterations of all that `judge` says, and per_iteration: the same names but loss, (L,) each."""
+    each = {name: torch.stack([iteration[name] for iteration in judged]) for name in judged[0]}
+    return {**{name: values.mean() for name, values in each.items()},
+            "per_iteration": {name: values.detach() for name, values in each.items() if name != "loss"}}

@@ -4,87 +4,53 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from nets import layout
 from nets.assignment import assign, mutual_matches
-from nets.layers import (
-    ACTIVATIONS,
-    N_HEADS,
-    KeypointEncoder,
-    Keys,
-    Linear,
-    OwnAttentionLayer,
-    SharedAttentionLayer,
-    Views,
-    normalize_keypoints,
-)
-from nets.losses import (
-    POSE_CLAMP,
-    Targets,
-    matching_loss_from_targets,
-    pose_consistency_loss,
-    restrict,
-    targets_from_mask,
-)
+from nets.layers import ACTIVATIONS, AttentionLayer, KeypointEncoder, Views, normalize_keypoints
+from nets.losses import judge, targets_of, total
 from nets.pooling import keep_indices, keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
 
 
-def pools_after(t: int) -> bool:
-    """Whether EIMP pools at the end of iteration t (0-based)."""
+def is_second(t: int) -> bool:
+    """Whether iteration t (0-based) is the second of a pair: there IMP shares attention, and EIMP pools after it."""
     return t >= 3 and t % 2 == 1
 
 
 class MatchingState:
     """The two views of a batch between two iterations; `Matcher.iterate` yields it after each.
 
-    iteration: 0-based number of the iteration just done. x0 (B, N0, D), x1 (B, N1, D): descriptors now.
+    iteration: 0-based number of the iteration just done. x (B, N0 + N1, D): descriptors now.
     mask0/1 (B, N) or None: real keypoints. keep0/1 (B, N) or None: those that pooling has not masked out.
     indices0/1 (N,): which of the input's keypoints the rows are, once some were removed.
     """
 
-    def __init__(self, matcher: "Matcher", x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None):
-        self.matcher = matcher
+    def __init__(self, matcher: "Matcher", x: Tensor, views: Views):
+        self.matcher, self.x, self.views = matcher, x, views
         self.iteration = -1
-        self._set_views(x0, x1, mask0, mask1)
-        self._set_keep(mask0, mask1)
-        self.indices0 = torch.arange(x0.shape[1], device=x0.device)
-        self.indices1 = torch.arange(x1.shape[1], device=x1.device)
-        self.n_input0, self.n_input1 = x0.shape[1], x1.shape[1]
-        self.attention_self = self.attention_cross = None
-
-    def _set_views(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> None:
-        self.x = torch.cat([x0, x1], dim=1)
-        self.mask0, self.mask1 = mask0, mask1
-        self.views = Views([x0.shape[1], x1.shape[1]], [mask0, mask1], self.matcher.views_together)
-
-    def _set_keep(self, keep0: Tensor | None, keep1: Tensor | None) -> None:
-        self.keep0, self.keep1 = keep0, keep1
-        self.keys = Keys(keep0), Keys(keep1)
-        self._assignment = None
+        self.keep0, self.keep1 = views.masks
+        self.indices0, self.indices1 = (torch.arange(n, device=x.device) for n in views.sizes)
+        self.n_input0, self.n_input1 = views.sizes
+        self.attention_self = self.attention_cross = self._assignment = None
 
     @property
     def x0(self) -> Tensor:
+        """Descriptors of view 0, (B, N0, D)."""
         return self.views.split(self.x)[0]
 
     @property
     def x1(self) -> Tensor:
+        """Descriptors of view 1, (B, N1, D)."""
         return self.views.split(self.x)[1]
 
     def advance(self) -> None:
         """One iteration: self-attention, then cross-attention."""
         self.iteration += 1
         self._assignment = None
-        for cross in (False, True):
-            layer = self.matcher.gnn.layers[2 * self.iteration + cross]
-            attention = self.attention_cross if cross else self.attention_self
-            if isinstance(layer, SharedAttentionLayer):
-                self.x = layer(self.x, self.views, cross, attention)
-                continue
-            self.x, attention = layer(self.x, self.views, cross, self.keys, attention)
-            if cross:
-                self.attention_cross = attention
-            else:
-                self.attention_self = attention
+        layers, keep = self.matcher.gnn.layers[2 * self.iteration:], (self.keep0, self.keep1)
+        self.x, self.attention_self = layers[0](self.x, self.views, False, keep, self.attention_self)
+        self.x, self.attention_cross = layers[1](self.x, self.views, True, keep, self.attention_cross)
 
     @property
     def assignment(self) -> Tensor:
@@ -98,7 +64,7 @@ class MatchingState:
     def matches(self, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """matches0, matches1 (B, N) int64 and their scores, of the input's keypoints; -1 and 0 for removed ones."""
         matches0, matches1, scores0, scores1 = mutual_matches(self.assignment, threshold)
-        if len(self.indices0) == self.n_input0 and len(self.indices1) == self.n_input1:
+        if (self.indices0.shape[0], self.indices1.shape[0]) == (self.n_input0, self.n_input1):
             return matches0, matches1, scores0, scores1
         full = []
         for matches, scores, own, other, n in ((matches0, scores0, self.indices0, self.indices1, self.n_input0),
@@ -115,21 +81,19 @@ class MatchingState:
 
     def attention_masses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention received in self- and cross-attention: self0, cross0 (B, N0), self1, cross1 (B, N1), sum 1 each."""
-        self0 = self.attention_self[0].received_mass(self.mask0)
-        self1 = self.attention_self[1].received_mass(self.mask1)
-        cross0 = self.attention_cross[1].received_mass(self.mask1)
-        cross1 = self.attention_cross[0].received_mass(self.mask0)
-        return self0, cross0, self1, cross1
+        mask0, mask1 = self.views.masks
+        return (self.attention_self[0].received_mass(mask0), self.attention_cross[1].received_mass(mask1),
+                self.attention_self[1].received_mass(mask1), self.attention_cross[0].received_mass(mask0))
 
     def mask_out(self, threshold: float) -> None:
         """Pool by masking: keypoints that are not kept stay in the tensors, but are no keys and have no scores."""
-        if not self.x0.shape[1] or not self.x1.shape[1]:
+        if 0 in self.views.sizes:
             return
         self0, cross0, self1, cross1 = self.attention_masses()
         n_min = self.matcher.n_min_tokens
         keep0 = keep_mask(self.assignment, self0, cross0, threshold, n_min, self.keep0)
         keep1 = keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min, self.keep1)
-        self._set_keep(keep0, keep1)
+        self.keep0, self.keep1, self._assignment = keep0, keep1, None
 
     @torch.no_grad()
     def remove(self, threshold: float, n_min_tokens: int | None = None) -> None:
@@ -137,9 +101,9 @@ class MatchingState:
 
         n_min_tokens: a view with no more keypoints keeps all (None: as the network says).
         """
-        if len(self.x0) != 1:
+        if len(self.x) != 1:
             raise ValueError("keypoints can be removed from one pair at a time: the views of a batch differ in number")
-        if not self.x0.shape[1] or not self.x1.shape[1]:
+        if 0 in self.views.sizes:
             return
         self0, cross0, self1, cross1 = self.attention_masses()
         n_min = self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens
@@ -150,27 +114,38 @@ class MatchingState:
     def select(self, rows0: Tensor, rows1: Tensor) -> None:
         """Keep only some of the present keypoints of each view: sorted int64 indices (K0,), (K1,)."""
         self.indices0, self.indices1 = self.indices0[rows0], self.indices1[rows1]
-        mask0, keep0 = (None if m is None else m[:, rows0] for m in (self.mask0, self.keep0))
-        mask1, keep1 = (None if m is None else m[:, rows1] for m in (self.mask1, self.keep1))
-        self._set_views(self.x0[:, rows0], self.x1[:, rows1], mask0, mask1)
-        self._set_keep(keep0, keep1)
+        self.x = torch.cat([self.x0[:, rows0], self.x1[:, rows1]], dim=1)
+        mask0, mask1 = self.views.masks
+        mask0, keep0 = (None if mask is None else mask[:, rows0] for mask in (mask0, self.keep0))
+        mask1, keep1 = (None if mask is None else mask[:, rows1] for mask in (mask1, self.keep1))
+        self.views = Views((len(rows0), len(rows1)), (mask0, mask1))
+        self.keep0, self.keep1, self._assignment = keep0, keep1, None
         self.attention_self = (self.attention_self[0].select(rows0, rows0), self.attention_self[1].select(rows1, rows1))
         self.attention_cross = (self.attention_cross[0].select(rows0, rows1),
                                 self.attention_cross[1].select(rows1, rows0))
 
 
 class Propagation(nn.Module):
-    """The 2L attention layers: even = self, odd = cross."""
+    """The 2 L attention layers: even = self, odd = cross."""
 
-    def __init__(self, dim: int, n_layers: int, shares_attention: bool, norm_fn: str | None, ac_fn: str):
+    def __init__(self, dim: int, n_layers: int, norm_fn: str | None, ac_fn: str, shares_attention: bool,
+                 together: bool):
         super().__init__()
-        shares = [shares_attention and t >= 3 and t % 2 == 1 for t in range(n_layers + 1)]
-        layers = []
-        for t in range(n_layers):
-            for _ in range(2):
-                layers.append(SharedAttentionLayer(dim, norm_fn, ac_fn) if shares[t] else
-                              OwnAttentionLayer(dim, norm_fn, ac_fn, is_shared=shares[t + 1]))
-        self.layers = nn.ModuleList(layers)
+        shares = [shares_attention and is_second(t) for t in range(n_layers + 1)]
+        self.layers = nn.ModuleList([AttentionLayer(dim, norm_fn, ac_fn, together, shares[t], is_shared=shares[t + 1])
+                                     for t in range(n_layers) for _ in range(2)])
+
+
+def _take_published(_, state: dict, prefix: str, *rest) -> None:
+    for name in state:
+        if name.startswith(prefix):
+            state[name] = layout.from_published(name.removeprefix(prefix), state[name])
+
+
+def _give_published(_, state: dict, prefix: str, metadata) -> None:
+    for name in state:
+        if name.startswith(prefix):
+            state[name] = layout.to_published(name.removeprefix(prefix), state[name])
 
 
 class Matcher(nn.Module):
@@ -178,19 +153,21 @@ class Matcher(nn.Module):
 
     data: descriptors0/1 (B, N, D), scores0/1 (B, N), and norm_keypoints0/1 (B, N, 2), or keypoints0/1 (B, N, 2) in
     pixels with image_size0/1 (B, 2) as (w, h); optionally mask0/1 (B, N) bool, True = real keypoint, False = padding;
-    for training also matching_mask (B, N0+1, N1+1), and for the pose loss camera_keypoints0/1 (B, N, 2), in normalised
-    camera coordinates, and has_pose (B,).
+    for training also target0/1 (B, N), the true matches as indices (`nets.losses.Targets`), or matching_mask
+    (B, N0+1, N1+1), and for the pose loss camera_keypoints0/1 (B, N, 2), in normalised camera coordinates, and has_pose
+    (B,).
     """
 
     shares_attention = False  # whether layers reuse the attention matrix of the iteration before
     pools = False  # whether keypoints are dropped on the way
-    views_together = False  # whether layers with BatchNorm take statistics of both views at once
+    views_together = False  # whether batch norm takes statistics of both views at once
 
     def __init__(self, descriptor_dim=256, n_layers=15, norm_fn="in", ac_fn="relu", with_sinkhorn=True,
                  sinkhorn_iterations=20, match_threshold=0.2, n_min_tokens=256):
         super().__init__()
-        if descriptor_dim % N_HEADS:
-            raise ValueError(f"descriptor_dim {descriptor_dim} is not a multiple of {N_HEADS}, the number of heads")
+        if descriptor_dim % layout.N_HEADS:
+            raise ValueError(f"descriptor_dim {descriptor_dim} is not a multiple of {layout.N_HEADS}, the number of "
+                             "heads")
         if ac_fn not in ACTIVATIONS:
             raise ValueError(f"ac_fn {ac_fn!r}: expected one of {', '.join(ACTIVATIONS)}")
         self.n_layers = n_layers
@@ -199,21 +176,23 @@ class Matcher(nn.Module):
         self.match_threshold = match_threshold
         self.n_min_tokens = n_min_tokens
         self.kenc = KeypointEncoder(descriptor_dim, norm_fn, ac_fn)
-        self.gnn = Propagation(descriptor_dim, n_layers, self.shares_attention, norm_fn, ac_fn)
-        self.final_proj = nn.ModuleList([Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
+        self.gnn = Propagation(descriptor_dim, n_layers, norm_fn, ac_fn, self.shares_attention, self.views_together)
+        self.final_proj = nn.ModuleList([nn.Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
         self.bin_score = nn.Parameter(torch.tensor(1.0))
+        with torch.no_grad():  # a seed gives the weights that it gave in the published layout
+            for name, parameter in self.named_parameters():
+                parameter.copy_(layout.from_published(name, parameter.clone()))
+        self.register_load_state_dict_pre_hook(_take_published)
+        self.register_state_dict_post_hook(_give_published)
 
     def encode(self, data: dict) -> MatchingState:
         """The state before the first iteration: descriptors plus encoded keypoints."""
-        views = []
-        for v in "01":
-            keypoints = data.get(f"norm_keypoints{v}")
-            if keypoints is None:
-                keypoints = normalize_keypoints(data[f"keypoints{v}"], data[f"image_size{v}"])
-            mask = data.get(f"mask{v}")
-            views.append((data[f"descriptors{v}"] + self.kenc(keypoints, data[f"scores{v}"], mask), mask))
-        (x0, mask0), (x1, mask1) = views
-        return MatchingState(self, x0, x1, mask0, mask1)
+        keypoints = [data.get(f"norm_keypoints{v}") for v in "01"]
+        if keypoints[0] is None:
+            keypoints = [normalize_keypoints(data[f"keypoints{v}"], data[f"image_size{v}"]) for v in "01"]
+        views = Views(tuple(x.shape[1] for x in keypoints), (data.get("mask0"), data.get("mask1")))
+        descriptors, scores = (torch.cat([data[name + v] for v in "01"], dim=1) for name in ("descriptors", "scores"))
+        return MatchingState(self, descriptors + self.kenc(torch.cat(keypoints, dim=1), scores, views), views)
 
     def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:
         """Yield the state after each iteration; the caller may read its matches and pool before the next one.
@@ -228,57 +207,23 @@ class Matcher(nn.Module):
             state.advance()
             yield state
 
-    def forward(self, data: dict, n_layers: int | None = None, pose_weight: float = 0.0,
-                pose_clamp: float = POSE_CLAMP, pose_form: str = "normalised") -> dict:
+    def forward(self, data: dict, n_layers: int | None = None, **objective) -> dict:
         """One-shot matching: matches0/1 (B, N) int64 and matching_scores0/1 (B, N) of the last iteration.
 
-        With data["matching_mask"] also the scalars loss, matching_loss_corr, matching_loss_incorr (means over
-        iterations and batch), acc_corr, acc_incorr, total_acc_corr, total_acc_incorr, total_matches (counts per sample
-        and iteration, of all keypoints: those that pooling dropped count as unmatched), and per_iteration, a dict of
-        the same names but loss to (L,) each; every iteration's assignment is then computed. With pose_weight > 0
-        besides, the scalars pose_loss (mean over iterations) and pose_samples (how many samples of the batch it could
-        use, mean over iterations), and loss is the matching loss plus pose_weight times pose_loss; pose_clamp,
-        pose_form: as for `pose_consistency_loss`.
+        With true matches in `data` also what `nets.losses.total` makes of all iterations: loss, its terms and counts.
+        objective: options of `nets.losses.judge`.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
-        targets = targets_from_mask(data["matching_mask"]) if "matching_mask" in data else None
-        supervised, posed = [], []
+        targets, judged = targets_of(data), []
         for state in self.iterate(data, n_layers):
             if targets is not None:
-                kept = restrict(targets, state.keep0, state.keep1)
-                supervised.append((*matching_loss_from_targets(state.assignment, kept), *self._count(state, targets)))
-                if pose_weight > 0:
-                    posed.append(pose_consistency_loss(state.assignment, kept, data["camera_keypoints0"],
-                                                       data["camera_keypoints1"], data["has_pose"], pose_clamp,
-                                                       pose_form))
+                judged.append(judge(state, targets, data, **objective))
             if state.iteration == n_layers - 1:
                 matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
-            elif self.pools and pools_after(state.iteration):
+            elif self.pools and is_second(state.iteration):
                 state.mask_out(POOL_THRESHOLD)
         out = {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
-        if supervised:
-            names = ("matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
-                     "total_acc_incorr", "total_matches")
-            each = {name: torch.stack(values) for name, values in zip(names, zip(*supervised))}
-            if posed:
-                losses, used = zip(*posed)
-                each |= {"pose_loss": torch.stack(losses), "pose_samples": torch.stack(used).float()}
-            out.update({name: values.mean() for name, values in each.items()})
-            out["per_iteration"] = {name: values.detach() for name, values in each.items()}
-            out["loss"] = out["matching_loss_corr"] + out["matching_loss_incorr"]
-        if posed:
-            out["loss"] = out["loss"] + pose_weight * out["pose_loss"]
-        return out
-
-    def _count(self, state: MatchingState, targets: Targets) -> Iterator[Tensor]:
-        """Counts of one iteration, scalars in the order `forward` names them; targets of all keypoints."""
-        matches0 = mutual_matches(state.assignment, self.match_threshold)[0]
-        n1 = state.x1.shape[1]
-        is_match = (targets.matches0 >= 0) & (targets.matches0 < n1)
-        is_dustbin = targets.matches0 == n1
-        counts = (is_match & (matches0 == targets.matches0), is_dustbin & (matches0 < 0), is_match, is_dustbin,
-                  (is_match | is_dustbin) & (matches0 >= 0))
-        return (count.sum() / len(matches0) for count in counts)
+        return out if targets is None else {**out, **total(judged)}
 
     @torch.no_grad()
     def match_all_iterations(self, data: dict, threshold: float = 0.2, pool_threshold: float = POOL_THRESHOLD,
@@ -289,7 +234,7 @@ class Matcher(nn.Module):
             matches0, _, scores0, _ = state.matches(threshold)
             all_matches.append(matches0)
             all_scores.append(scores0)
-            if self.pools and pools_after(state.iteration):
+            if self.pools and is_second(state.iteration):
                 state.mask_out(pool_threshold)
         return torch.stack(all_matches), torch.stack(all_scores)
 

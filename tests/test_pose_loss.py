@@ -295,7 +295,7 @@ def test_the_loss_of_a_matcher(kind, monkeypatch):
 
     monkeypatch.setattr(type(matcher), "iterate", watch)
     posed = matcher(data, pose_weight=5.0)
-    targets = losses.targets_from_mask(data["matching_mask"])
+    targets = losses.targets_of(data)
     terms = [pose_consistency_loss(p, losses.restrict(targets, keep0, keep1), data["camera_keypoints0"],
                                    data["camera_keypoints1"], data["has_pose"]) for p, keep0, keep1 in states]
     assert len(terms) == 6

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from nets import build_matcher
 from tests.tiny_dump import make_consistent, make_tiny_dump
-from tools.checkpoint import load_checkpoint, save_checkpoint
+from tools.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tools.cli import InputError, run
 from tools.files import write_image
 from tools.locks import locked
@@ -25,7 +26,7 @@ from tools.records import read_record, write_record
 from training import curves, trainer
 from training.config import DEFAULTS, load_train_config
 from training.data import Choice, DumpSource, Samples
-from training.state import load_optimizer, read_state
+from training.state import load_optimizer, optimizer_state, read_state
 from training.trainer import build, learning_rate
 from training.validation import match_pictures
 
@@ -185,6 +186,38 @@ def test_checkpoints_of_earlier_versions_are_gone_on_with(setup, tmp_path):
     assert load_checkpoint(path)["step"] == 4
 
 
+def random_batch(k):
+    rng = np.random.default_rng(k)
+    data = {f"{name}{v}": torch.from_numpy(rng.normal(size=(2, 12, *shape)).astype(np.float32))
+            for v in "01" for name, shape in (("descriptors", (8,)), ("norm_keypoints", (2,)), ("scores", ()))}
+    target = torch.where(torch.arange(12) < 8, torch.arange(12), 12).expand(2, -1)
+    return {**data, "target0": target, "target1": target}
+
+
+def test_a_run_from_before_the_layout_changed_takes_the_same_steps():
+    """resume_6fc8d3a.pth: after two steps on random_batch, with the losses of four and the norms of the weights then,
+    made by a version whose parameters had the published layout, with Adam's moments alike."""
+    path = Path(__file__).parent / "golden/resume_6fc8d3a.pth"
+    content = read_state(path)
+    matcher = build_matcher("imp", descriptor_dim=8, n_layers=4)
+    optimizer = torch.optim.Adam(matcher.parameters(), lr=1e-3)
+    load_weights(matcher, content["model"], path)
+    load_optimizer(matcher, optimizer, content["optimizer"], path)
+    assert_same(matcher.state_dict(), content["model"])
+    for i, moments in optimizer_state(matcher, optimizer)["state"].items():
+        assert_same(moments, content["optimizer"]["state"][i])
+    for k in (2, 3):
+        optimizer.zero_grad()
+        loss = matcher(random_batch(k))["loss"]
+        loss.backward()
+        optimizer.step()
+        assert loss.item() == pytest.approx(content["losses"][k], rel=1e-5)
+    # the output of queries and keys depends on their difference alone: some biases have no gradient but rounding
+    for name, value in matcher.state_dict().items():
+        if not name.endswith("proj.1.bias"):
+            assert value.norm().item() == pytest.approx(content["norms"][name], rel=1e-3, abs=1e-4), name
+
+
 def of_state(change):
     return lambda content: change(content["optimizer"]["state"][3])
 
@@ -214,9 +247,10 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, run_once, spoil, mes
     content = load_checkpoint(run_once / "run" / "latest.pth")
     spoil(content)
     torch.save(content, path)
-    optimizer = torch.optim.Adam(build({**DEFAULTS, **SMALL}).parameters())
+    matcher = build({**DEFAULTS, **SMALL})
+    optimizer = torch.optim.Adam(matcher.parameters())
     with pytest.raises(InputError, match=message) as raised:
-        load_optimizer(optimizer, read_state(path)["optimizer"], path)
+        load_optimizer(matcher, optimizer, read_state(path)["optimizer"], path)
     assert str(path) in str(raised.value) and len(str(raised.value).splitlines()) == 1
 
 
@@ -604,13 +638,14 @@ def test_a_dump_of_damaged_records_ends_the_run_with_one_line(setup, tmp_path, c
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_out_of_memory_names_what_to_lower(setup, tmp_path, capsys, workers):
-    # masks of 10^14 bytes are more than a process can address
+def test_out_of_memory_names_what_to_lower(setup, tmp_path, workers):
     arguments = ["--online", "1", "--online_sources", json.dumps({"path": str(tmp_path / "dump")}), "--min_keypoints",
                  "1", "--max_keypoints", "12000000", "--workers", str(workers)]
-    assert run(train.main, ["--config", str(setup), *arguments]) == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
+    process = subprocess.run(
+        [sys.executable, "train.py", "--config", str(setup), *arguments], cwd=REPOSITORY, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (10 ** 10, 10 ** 10)))  # two views have 1.2e10 bytes
+    error = process.stderr.strip()
+    assert process.returncode == 2 and len(error.splitlines()) == 1, error
     assert "out of memory" in error and "batch_size 2" in error and "max_keypoints 12000000" in error
 
 

@@ -18,7 +18,7 @@ from training.data import (
     collate,
     end_workers,
     make_loader,
-    matching_mask,
+    padded_targets,
 )
 
 
@@ -70,9 +70,9 @@ def test_both_sides_are_shuffled():
     assert np.mean(target[target >= 0] < 30) < 0.8
 
 
-def test_matching_mask():
-    mask = matching_mask(np.array([1, -1, 0]), 3, 3)
-    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]
+def test_targets():
+    target0, target1 = padded_targets(np.array([1, -1, 0]), 3, 3)
+    assert target0.tolist() == [1, 3, 0] and target1.tolist() == [2, 0, 3]
 
 
 def test_what_is_neither_matched_nor_unmatched_is_left_out():
@@ -109,9 +109,9 @@ def test_labels_of_a_dump_by_distance(dump):
     assert pair.unmatched[0][shared0[8:12]].sum() >= 3  # unless others happen to be where they land now
 
 
-def test_padding_has_no_place_in_the_matching_mask():
-    mask = matching_mask(np.array([1, -1]), 3, 4)
-    assert mask.tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0] * 5, [0] * 5, [1, 0, 1, 0, 0]]
+def test_padding_is_unlabelled():
+    target0, target1 = padded_targets(np.array([1, -1]), 3, 4)
+    assert target0.tolist() == [1, 4, -1, -1] and target1.tolist() == [4, 0, 4, -1]
 
 
 def test_sample_agrees_with_the_records(dump):
@@ -123,7 +123,7 @@ def test_sample_agrees_with_the_records(dump):
                for v in "01"]
     rows = [[int(np.flatnonzero((record["keypoints"] == point).all(axis=1))[0]) for point in sample[f"keypoints{v}"]]
             for v, record in zip("01", records)]
-    found = {(rows[0][i], rows[1][j]) for i, j in zip(*np.nonzero(sample["matching_mask"][:-1, :-1]))}
+    found = {(rows[0][i], rows[1][j]) for i, j in enumerate(sample["target0"]) if 0 <= j < len(rows[1])}
     assert 8 <= len(found) <= 40
     assert found <= {tuple(match) for match in pair["matches"].tolist()}
     for v, record in zip("01", records):
@@ -197,13 +197,14 @@ def test_views_with_few_keypoints_are_padded(dump):
     dataset = make_dataset(dump, max_keypoints=128)  # of 96 that there are
     sample = dataset[0]
     assert sample["mask0"].tolist() == sample["mask1"].tolist() == [True] * 96 + [False] * 32
-    assert sample["descriptors0"].shape == (128, 128) and sample["matching_mask"].shape == (129, 129)
+    assert sample["descriptors0"].shape == (128, 128)
     for v in "01":
         for name in ("keypoints", "norm_keypoints", "camera_keypoints", "scores", "descriptors"):
             assert not sample[name + v][96:].any()
-    assert sample["matching_mask"][:-1, :-1].sum() == 40  # all, as nothing else could fill the rest
-    assert sample["matching_mask"][:96].sum(axis=1).tolist() == [1] * 96
-    assert not sample["matching_mask"][96:-1].any() and not sample["matching_mask"][:, 96:-1].any()
+    for v in "01":
+        target = sample[f"target{v}"]
+        assert (target[:96] >= 0).all() and (target[96:] == -1).all()
+        assert (target[:96] < 128).sum() == 40  # all, as nothing else could fill the rest
 
 
 def test_only_a_batch_with_padding_has_masks(dump):

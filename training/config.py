@@ -94,7 +94,7 @@ SETTINGS = {
     "gpu": Setting([], "numbers of GPUs; []: all there are, or the CPU; -1: the CPU"),
     "precision": Setting("float32", "bfloat16: autocast; assignment and pose stay in float32 or wider",
                          choices=("float32", "bfloat16")),
-    "compile": Setting(False, "torch.compile of the layers"),
+    "compile": Setting(False, "torch.compile of the network"),
     "workers": Setting(4, "processes that make samples, over all processes of the job", 0, 1024),
     # results
     "save_path": Setting("runs/train", "folder of checkpoints, logs and curves"),

@@ -118,19 +118,16 @@ def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice, rng:
     return sides[0], sides[1], target
 
 
-def matching_mask(target: np.ndarray, n1: int, size: int) -> np.ndarray:
-    """target (N0,): index of the match in view 1 or -1 -> (size+1, size+1) uint8, ones at matches and in the dustbins.
+def padded_targets(target: np.ndarray, n1: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """target (N0,): index of the match in view 1 or -1 -> target0, target1 (size,) int64 as `nets.losses.Targets`.
 
-    n1: keypoints of view 1. Rows and columns of padding, up to size, are zero.
+    n1: keypoints of view 1. A keypoint without a match is in the dustbin, `size`; padding, up to size, is -1.
     """
-    n0 = len(target)
-    mask = np.zeros((size + 1, size + 1), np.uint8)
-    matched = target >= 0
-    mask[np.flatnonzero(matched), target[matched]] = 1
-    mask[:n0, -1] = ~matched
-    mask[-1, :n1] = 1
-    mask[-1, target[matched]] = 0
-    return mask
+    target0, target1 = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
+    matched = np.flatnonzero(target >= 0)
+    target0[:len(target)], target1[:n1] = size, size
+    target0[matched], target1[target[matched]] = target[matched], matched
+    return target0, target1
 
 
 def _padded(values: np.ndarray, size: int, dtype=np.float32) -> np.ndarray:
@@ -151,7 +148,7 @@ def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None
     the type they are stored in, which is half the size.
     """
     counts = [len(view["scores"]) for view in views]
-    sample = {"matching_mask": matching_mask(target, counts[1], size)}
+    sample = dict(zip(("target0", "target1"), padded_targets(target, counts[1], size)))
     for v, view, count in zip("01", views, counts):
         keypoints = np.ascontiguousarray(view["keypoints"], np.float32)
         image_size = np.asarray(view["image_size"], np.float32)

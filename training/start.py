@@ -16,11 +16,13 @@ def branch_ends(matcher) -> list:
 
 @torch.no_grad()
 def published_start(matcher) -> None:
-    """Queries, keys and values start as copies of the output projection, as published, in place."""
-    for layer in matcher.gnn.layers:
-        if hasattr(layer, "attn"):
-            for proj in layer.attn.proj:
-                proj.load_state_dict(layer.attn.merge.state_dict())
+    """Queries, keys and values start as copies of the output projection, in the published layout, in place."""
+    state = matcher.state_dict()
+    for name in state:
+        if ".attn.proj." in name:
+            layer, _, entry = name.partition(".proj.")
+            state[name] = state[f"{layer}.merge{entry[1:]}"]
+    matcher.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def warm_start(matcher) -> None:
     dim = matcher.final_proj[0].weight.shape[0]
     gain = (LOGIT_SCALE * dim ** 0.5) ** 0.5
     for proj in matcher.final_proj:
-        proj.weight.copy_(gain * torch.eye(dim).unsqueeze(-1))
+        proj.weight.copy_(gain * torch.eye(dim))
         proj.bias.zero_()
     for end in branch_ends(matcher):
         end.weight.mul_(RESIDUAL)

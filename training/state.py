@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 
+from nets.layout import from_published, to_published
 from tools.checkpoint import load_checkpoint
 from tools.cli import InputError
 from tools.manifest import check_fields, is_count, is_list_of
 
+BY_DEVICE = ("fused", "foreach")  # how an optimiser computes, which the device decides and not the file
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of Adam and AdamW, for each parameter
 
 
@@ -53,15 +55,36 @@ def read_state(path) -> dict:
     return {**content, "config": json.loads(json.dumps(content["config"])), "path": path}  # no numbers of NumPy's
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state, path) -> None:
-    """Load the state of Adam or AdamW that the checkpoint `path` has; InputError if it cannot resume from it."""
-    problem = _problem(state, optimizer)
+def _parameter_names(matcher, optimizer: torch.optim.Optimizer) -> list[str]:
+    """In the order in which an optimiser's state numbers them."""
+    names = {parameter: name for name, parameter in matcher.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _convert(convert, names: list[str], state: dict) -> dict:
+    """An optimiser's state with its moments in another layout, as their weights."""
+    return {**state, "state": {i: {entry: value if entry == "step" else convert(names[i], value)
+                                   for entry, value in moments.items()} for i, moments in state["state"].items()}}
+
+
+def optimizer_state(matcher, optimizer: torch.optim.Optimizer) -> dict:
+    """The state of Adam or AdamW, in the layout of published weights."""
+    return _convert(to_published, _parameter_names(matcher, optimizer), optimizer.state_dict())
+
+
+def load_optimizer(matcher, optimizer: torch.optim.Optimizer, state, path) -> None:
+    """Load what `optimizer_state` gave, from the checkpoint `path`; InputError if it cannot be resumed from."""
+    names = _parameter_names(matcher, optimizer)
+    problem = _problem(state, optimizer, names)
     if problem:
         raise InputError(f"{path} is damaged: its optimizer {problem}; resume from an earlier epoch's file")
-    optimizer.load_state_dict(state)
+    state = _convert(from_published, names, state)
+    groups = [{**theirs, **{name: own[name] for name in BY_DEVICE}}
+              for theirs, own in zip(state["param_groups"], optimizer.param_groups)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def _problem(state, optimizer: torch.optim.Optimizer) -> str:
+def _problem(state, optimizer: torch.optim.Optimizer, names: list[str]) -> str:
     """Why Adam or AdamW cannot resume from a state; "" if it can."""
     own = optimizer.state_dict()["param_groups"]
     groups, moments = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
@@ -71,8 +94,7 @@ def _problem(state, optimizer: torch.optim.Optimizer) -> str:
         if not isinstance(theirs, dict) or type(theirs.get("lr")) is not float:
             return "lacks a learning rate"
         for name, value in ours.items():
-            # the rate follows from the step; how it is computed, from the device
-            if name not in ("lr", "fused", "foreach") and repr(theirs.get(name, value)) != repr(value):
+            if name not in ("lr", *BY_DEVICE) and repr(theirs.get(name, value)) != repr(value):
                 return f"says {name} {str(theirs[name])[:50]}, not {str(value)[:50]}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if moments and moments.keys() != set(range(len(parameters))):  # before the first step there are none
@@ -81,7 +103,7 @@ def _problem(state, optimizer: torch.optim.Optimizer) -> str:
         if not isinstance(values, dict) or set(values) != MOMENTS:
             return f"holds something else than {', '.join(sorted(MOMENTS))} of parameter {i}"
         for name, value in values.items():
-            shape = () if name == "step" else parameters[i].shape
+            shape = () if name == "step" else to_published(names[i], parameters[i]).shape
             if not (torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
                     and value.shape == shape and value.isfinite().all() and (name == "exp_avg" or (value >= 0).all())):
                 return f"holds a {name} of parameter {i} that cannot be"

@@ -22,7 +22,7 @@ from training.data import StepBatches, end_workers, make_loader
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
 from training.start import branch_ends, published_start, warm_start
-from training.state import load_optimizer, read_state
+from training.state import load_optimizer, optimizer_state, read_state
 from training.validation import match_pictures, to_device, validate
 
 MAX_BAD_STEPS = 10  # losses that are not finite, in one epoch
@@ -119,8 +119,7 @@ class Trainer:
             raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to resume it, or "
                              "another save_path")
         if config["compile"]:
-            for layer in self.model.gnn.layers:
-                layer.compile()
+            self.model.compile()
         self.parallel = self.model
         if job.world_size > 1:
             self.parallel = DistributedDataParallel(self.model)
@@ -136,7 +135,7 @@ class Trainer:
                 raise InputError(f"{path} was trained with {key} {value}, now it is {self.config.get(key)}: give the "
                                  "same, or start a new run with weight_path")
         load_weights(self.model, content["model"], path)
-        load_optimizer(self.optimizer, content["optimizer"], path)
+        load_optimizer(self.model, self.optimizer, content["optimizer"], path)
         self.step, self.best = content["step"], content["best"]
         self.bad, self.validation_due = list(content["bad"]), content["validation_due"]
         if self.job.is_main:  # they are those of all processes
@@ -151,7 +150,8 @@ class Trainer:
         skipped = sum(self.job.gather(self.skipped), Counter())
         if not self.job.is_main:
             return
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+        content = {"model": self.model.state_dict(), "step": self.step,
+                   "optimizer": optimizer_state(self.model, self.optimizer),
                    "best": self.best, "validation_due": self.validation_due, "bad": self.bad,
                    "skipped": [[source, reason, count] for (source, reason), count in skipped.items()],
                    "config": self.config, "scenes": self.samples.scenes, "draw_size": self.samples.draw_size,

@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nets.losses import targets_from_mask
 from tools.cli import InputError
 from tools.distributed import Job
 from tools.files import read_image
@@ -66,8 +65,8 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
         skipped += batch["skipped"]
         tensors = to_device(batch, job.device)
         out = model(tensors)
-        truth = targets_from_mask(tensors["matching_mask"]).matches0
-        is_match = (truth >= 0) & (truth < tensors["matching_mask"].shape[2] - 1)
+        truth = tensors["target0"]
+        is_match = (truth >= 0) & (truth < tensors["target1"].shape[1])
         right = is_match & (out["matches0"] == truth)
         totals += torch.stack([out["loss"], right.sum(), (out["matches0"] >= 0).sum(), is_match.sum()]).cpu()
         if with_pose:
