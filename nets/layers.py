@@ -152,11 +152,13 @@ class Attention:
     queries (B, heads, N, d); keys (B, heads, M, d); keep (B, M) bool or None: which keypoints are keys (None: all).
     Where a sample has none, its messages are zero. is_shared: whether it is used more than once: the matrix is then
     stored, on a CPU, in single precision and up to MAX_STORED entries; elsewhere it is faster to compute it again.
+    memory: the stored matrix of an earlier layer, not needed any more.
     """
 
     MAX_STORED = 2 ** 22
 
-    def __init__(self, queries: Tensor, keys: Tensor, keep: Tensor | None, is_shared: bool):
+    def __init__(self, queries: Tensor, keys: Tensor, keep: Tensor | None, is_shared: bool,
+                 memory: Tensor | None = None):
         self.queries, self.keys, self.keep, self.is_shared = queries, keys, keep, is_shared
         self.mask = None
         if keep is not None:  # a row of a softmax needs an entry: where there is no key, all are let in
@@ -165,13 +167,19 @@ class Attention:
         if (is_shared and queries.device.type == "cpu" and queries.element_size() >= 4
                 and not torch.compiler.is_compiling()
                 and queries.shape[:3].numel() * keys.shape[2] <= self.MAX_STORED):
-            self.stored = self._matrix()
+            self.stored = self._matrix(memory)
 
-    def _matrix(self) -> Tensor:
-        """(B, heads, N, M), in float32 or wider."""
+    def _matrix(self, memory: Tensor | None = None) -> Tensor:
+        """(B, heads, N, M), in float32 or wider; in `memory` if it fits, as new memory costs a CPU as much as a softmax."""
         with torch.autocast(self.queries.device.type, enabled=False):
             dtype = torch.promote_types(self.queries.dtype, torch.float32)
-            logits = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype) @ self.keys.to(dtype).transpose(2, 3)
+            queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
+            keys = self.keys.to(dtype).transpose(2, 3)
+            if (memory is not None and not torch.is_grad_enabled() and memory.dtype == dtype
+                    and memory.shape == (*queries.shape[:3], keys.shape[3])):
+                logits = torch.matmul(queries, keys, out=memory)
+            else:
+                logits = queries @ keys
             if self.mask is not None:
                 logits.masked_fill_(~self.mask, -torch.inf)
             return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
@@ -232,7 +240,8 @@ class AttentionLayer(nn.Module):
         else:
             queries, keys, values = map(project, self.attn["proj"])
             merge = self.attn["merge"]
-            attention = tuple(Attention(queries[v], keys[source], keep[source], self.is_shared)
+            memory = (None, None) if attention is None else tuple(a.stored for a in attention)
+            attention = tuple(Attention(queries[v], keys[source], keep[source], self.is_shared, memory[v])
                               for v, source in enumerate(sources))
         message = torch.cat([attention[v].messages(values[source]) for v, source in enumerate(sources)], dim=2)
         message = merge(message.transpose(1, 2).flatten(2))
