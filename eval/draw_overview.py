@@ -26,7 +26,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("eval.draw_overview", description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", help="checkpoint (default: the best in weights/)")
     parser.add_argument("--matching_method", choices=[name for name, kind in MATCHERS.items() if kind.iterates],
-                        default="EIMP", help="(default: %(default)s)")
+                        default="LightGlue", help="(default: %(default)s)")
     parser.add_argument("--pairs", default="assets/overview_pair.txt",
                         help="pair list with ground truth, of which the first is drawn (default: %(default)s)")
     parser.add_argument("--image_dir", default="runs/demo/test_scenes/scannet",

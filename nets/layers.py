@@ -170,7 +170,7 @@ class Attention:
             self.stored = self._matrix(memory)
 
     def _matrix(self, memory: Tensor | None = None) -> Tensor:
-        """(B, heads, N, M), in float32 or wider; in `memory` if it fits, as new memory costs a CPU as much as a softmax."""
+        """(B, heads, N, M), in float32 or wider; in `memory` if it fits: new memory costs as much as a softmax."""
         with torch.autocast(self.queries.device.type, enabled=False):
             dtype = torch.promote_types(self.queries.dtype, torch.float32)
             queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
