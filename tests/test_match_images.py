@@ -447,7 +447,7 @@ def test_the_python_way(scene, weights):
 def test_overview(scene, tmp_path, weights, capsys, monkeypatch):
     write_pair_list(tmp_path / "pair.txt", [make_pair(0, 1)])
     words = ["--weights", weights, "--pairs", tmp_path / "pair.txt", "--save_path", tmp_path / "out",
-             "--max_keypoints", 400, "--image_dir"]
+             "--matching_method", "EIMP", "--max_keypoints", 400, "--image_dir"]
     assert run(draw_overview.main, [str(word) for word in (*words, scene / "images")]) == 0
     assert names_in(tmp_path / "out") == ["iterations.gif", "overview.png"]
     assert run(draw_overview.main, [str(word) for word in (*words, tmp_path / "none")]) == 2
