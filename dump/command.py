@@ -2,16 +2,9 @@
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 from tools.cli import InputError
 from tools.files import write_json
-
-resource = None  # Windows has none
-with contextlib.suppress(ImportError):
-    import resource
-
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
 
 
 def add_common_options(parser) -> None:
@@ -32,26 +25,6 @@ def writing(target):
         yield
     except OSError as error:
         raise InputError(f"cannot write {target}: {_system_message(error)}; what is done is kept") from None
-
-
-def _peak_bytes() -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        # what getrusage gives counts the process that started this one, up to then
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):  # no Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-
-
-def peak_memory_mb(workers: int) -> float | None:
-    """Most memory that this process held so far, plus `workers` times that of the largest process it started.
-
-    Of the latter, those that have ended count. None where the system does not say.
-    """
-    if resource is None:
-        return None
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT
-    return (_peak_bytes() + workers * child) / 1e6
 
 
 def finish_report(path, report: dict) -> None:

@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from dump.command import add_common_options, finish_report, peak_memory_mb, report_verified, writing
+from dump.command import add_common_options, finish_report, report_verified, writing
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
 from dump.verify import verify_eval
@@ -47,6 +47,7 @@ from tools.geometry import essential_matrix, relative_pose, resize_keypoints
 from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.original import from_dump_config, is_dump_config
+from tools.processes import peak_memory_mb
 from tools.records import Field, read_record, write_record
 
 FORMAT = "imp-eval"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dump.command import add_common_options, finish_report, peak_memory_mb, report_verified, writing
+from dump.command import add_common_options, finish_report, report_verified, writing
 from dump.features import extract_missing, extractor
 from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
@@ -43,6 +43,7 @@ from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import check_folder, read_lines, write_json
 from tools.manifest import claim, keypoint_path, lock_path, match_path, read_scene, scene_path
+from tools.processes import peak_memory_mb
 from tools.records import KEYPOINT_FIELDS
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
@@ -152,7 +153,7 @@ def make_report(summary: dict, seconds: float, workers: int) -> dict:
     """Print, and return for --report, what became of the images and pairs of a dump_megadepth summary.
 
     images, pairs: kept; pairs_tried: those with enough overlap; rates are of this run, None if it did nothing;
-    megabytes_per_image: of keypoint records; peak_memory_mb: see dump.command.peak_memory_mb.
+    megabytes_per_image: of keypoint records; peak_memory_mb: see tools.processes.peak_memory_mb.
     """
     scenes, work, total, rejected = summary["scenes"], summary["work"], Counter(), Counter()
     for counts in scenes.values():

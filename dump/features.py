@@ -63,22 +63,6 @@ def check_name(path: Path) -> None:
         raise InputError("its name is too long for the file of its features: give the image a shorter one")
 
 
-@contextlib.contextmanager
-def _one_thread(recipe):
-    """A network on the CPU rounds in another way for each number of threads: it gets one, wherever it is."""
-    if not FEATURE_TYPES[recipe[0]].weights_file:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _attempt(function, *arguments):
     """What the function returns, or, as a string, why this item is skipped: the boundary around each image."""
     try:
@@ -88,8 +72,12 @@ def _attempt(function, *arguments):
 
 
 def _extract_and_finish(recipe, task):
-    loaded = task.load()
-    with _one_thread(recipe):
+    loaded, threads = task.load(), contextlib.nullcontext()
+    if FEATURE_TYPES[recipe[0]].weights_file:
+        from tools.distributed import one_thread  # here, not above: workers that extract sift need no torch
+
+        threads = one_thread()
+    with threads:
         features = extractor(*recipe)(loaded[0])
     return task.finish(loaded, features)
 

@@ -11,7 +11,6 @@ compare within a run.
 import argparse
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from tools.checkpoint import SUPERPOINT, save_checkpoint
 from tools.cli import InputError, run
 from tools.distributed import choose_device
 from tools.files import read_json, write_json
+from tools.processes import peak_bytes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCT_SIZE = 4096
@@ -121,11 +121,10 @@ def match_half_kept(eimp, data: dict) -> tuple:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Most memory that this process held so far, on the device or, on Linux, altogether; 0 where it is not known."""
+    """Most memory that this process held so far, on the device or altogether; 0 where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else 0
+    return peak_bytes() or 0
 
 
 def _extra_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> float:

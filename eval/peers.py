@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nets.assignment import matches_of_input
 from tools.features import FEATURE_TYPES
 from tools.pretrained import find_pretrained, import_kornia, load_pretrained
 
@@ -121,14 +122,7 @@ class LightGlueState:
         from kornia.feature.lightglue import filter_matches
 
         assignment, _ = self.network.log_assignment[self.iteration](*self.descriptors)
-        *found, scores0, scores1 = filter_matches(assignment, threshold)
-        matches, scores = [], []
-        for v, present, of_present in ((0, found[0], scores0), (1, found[1], scores1)):
-            matches.append(present.new_full((1, self.n_inputs[v]), -1))
-            matches[v][:, self.indices[v]] = torch.where(present < 0, -1, self.indices[1 - v][present])
-            scores.append(of_present.new_zeros(1, self.n_inputs[v]))
-            scores[v][:, self.indices[v]] = of_present
-        return *matches, *scores
+        return matches_of_input(filter_matches(assignment, threshold), self.indices, self.n_inputs)
 
     def confidences(self) -> tuple[Tensor, Tensor]:
         """How sure each keypoint is of its match, (1, K0), (1, K1) in [0, 1]; there are none at the last layer."""

@@ -131,3 +131,21 @@ def mutual_matches(assignment: Tensor, threshold: float) -> tuple[Tensor, Tensor
     matches0 = torch.where(scores0 > threshold, index0, -1)
     matches1 = torch.where(scores1 > threshold, index1, -1)
     return matches0, matches1, scores0, scores1
+
+
+def matches_of_input(found: tuple, indices: tuple[Tensor, Tensor], n_inputs: tuple[int, int]
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Matches of the keypoints that are left -> of all n_inputs (N0, N1) of the input; -1 and score 0 for the others.
+
+    found: as from `mutual_matches`, (B, K0), (B, K1); indices (K0,), (K1,) int64: which of the input's they are.
+    """
+    all_matches, all_scores = [], []
+    for v, (matches, scores) in enumerate(zip(found[:2], found[2:])):
+        named = torch.full_like(matches, -1)
+        matched = matches >= 0
+        named[matched] = indices[1 - v][matches[matched]]
+        all_matches.append(matches.new_full((len(matches), n_inputs[v]), -1))
+        all_matches[v][:, indices[v]] = named
+        all_scores.append(scores.new_zeros(len(scores), n_inputs[v]))
+        all_scores[v][:, indices[v]] = scores
+    return *all_matches, *all_scores

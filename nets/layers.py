@@ -27,10 +27,23 @@ class Views:
 
     def __init__(self, sizes: tuple[int, int], masks: tuple[Tensor | None, Tensor | None]):
         self.sizes, self.masks = sizes, masks
+        self._weights = None
 
     def split(self, x: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
         """(B, N0 + N1, ...) -> (B, N_v, ...) of each view; dim: that of the keypoints."""
         return x.split(self.sizes, dim)
+
+    def mean_weights(self, x: Tensor) -> list[Tensor]:
+        """What makes the mean over a view's real keypoints a matrix product: (B, 1, N_v), 0 where none is real.
+
+        x (B, ...): of the type that they are to have. They are the same for every layer, and made once.
+        """
+        if self._weights is None:
+            self._weights = []
+            for n, mask in zip(self.sizes, self.masks):
+                real = x.new_ones(len(x), n) if mask is None else mask.to(x.dtype)
+                self._weights.append((real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1))
+        return self._weights
 
     def joint_mask(self, x: Tensor) -> Tensor | None:
         """Real keypoints of both views, (B, N0 + N1), or None if all are."""
@@ -75,14 +88,10 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N, C) -> (B, N, C); means and variances are taken in float32 or wider."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        parts = []
+        wide = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            for part, mask in zip(views.split(x), views.masks):
-                real = part.new_ones(part.shape[:2], dtype=dtype) if mask is None else mask.to(dtype)
-                weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)
-                parts.append(_Standardize.apply(part, weights, mask))
-        return torch.cat(parts, dim=1)
+            return torch.cat([_Standardize.apply(*view) for view in zip(
+                views.split(x), views.mean_weights(wide), views.masks)], dim=1)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor, views: Views, together: bool) -> Tensor:
@@ -160,9 +169,11 @@ class Attention:
     def __init__(self, queries: Tensor, keys: Tensor, keep: Tensor | None, is_shared: bool,
                  memory: Tensor | None = None):
         self.queries, self.keys, self.keep, self.is_shared = queries, keys, keep, is_shared
-        self.mask = None
-        if keep is not None:  # a row of a softmax needs an entry: where there is no key, all are let in
-            self.mask = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None, :]
+        self.mask = self.any_key = None
+        if keep is not None:
+            self.any_key = keep.any(dim=1).view(-1, 1, 1, 1)
+            # a row of a softmax needs an entry: where there is no key, all are let in
+            self.mask = keep[:, None, None, :] | ~self.any_key
         self.stored = None
         if (is_shared and queries.device.type == "cpu" and queries.element_size() >= 4
                 and not torch.compiler.is_compiling()
@@ -192,7 +203,7 @@ class Attention:
             messages = F.scaled_dot_product_attention(self.queries, self.keys, values, attn_mask=self.mask)
         else:
             messages = self.stored.to(values.dtype) @ values
-        return messages if self.keep is None else messages * self.keep.any(dim=1).view(-1, 1, 1, 1)
+        return messages if self.any_key is None else messages * self.any_key
 
     def received_mass(self, query_mask: Tensor | None) -> Tensor:
         """Attention each keypoint receives, summed over heads and real queries (query_mask (B, N)): (B, M), sum 1."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from nets import layout
-from nets.assignment import assign, mutual_matches
+from nets.assignment import assign, matches_of_input, mutual_matches
 from nets.layers import ACTIVATIONS, AttentionLayer, KeypointEncoder, Views, normalize_keypoints
 from nets.losses import judge, targets_of, total
 from nets.pooling import keep_indices, keep_mask
@@ -31,7 +31,7 @@ class MatchingState:
         self.iteration = -1
         self.keep0, self.keep1 = views.masks
         self.indices0, self.indices1 = (torch.arange(n, device=x.device) for n in views.sizes)
-        self.n_input0, self.n_input1 = views.sizes
+        self.n_inputs = views.sizes
         self.attention_self = self.attention_cross = self._assignment = None
 
     @property
@@ -63,21 +63,10 @@ class MatchingState:
 
     def matches(self, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """matches0, matches1 (B, N) int64 and their scores, of the input's keypoints; -1 and 0 for removed ones."""
-        matches0, matches1, scores0, scores1 = mutual_matches(self.assignment, threshold)
-        if (self.indices0.shape[0], self.indices1.shape[0]) == (self.n_input0, self.n_input1):
-            return matches0, matches1, scores0, scores1
-        full = []
-        for matches, scores, own, other, n in ((matches0, scores0, self.indices0, self.indices1, self.n_input0),
-                                               (matches1, scores1, self.indices1, self.indices0, self.n_input1)):
-            named = torch.full_like(matches, -1)
-            found = matches >= 0
-            named[found] = other[matches[found]]
-            all_matches = matches.new_full((len(matches), n), -1)
-            all_matches[:, own] = named
-            all_scores = scores.new_zeros(len(scores), n)
-            all_scores[:, own] = scores
-            full.append((all_matches, all_scores))
-        return full[0][0], full[1][0], full[0][1], full[1][1]
+        found = mutual_matches(self.assignment, threshold)
+        if self.views.sizes == self.n_inputs:
+            return found
+        return matches_of_input(found, (self.indices0, self.indices1), self.n_inputs)
 
     def attention_masses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention received in self- and cross-attention: self0, cross0 (B, N0), self1, cross1 (B, N1), sum 1 each."""

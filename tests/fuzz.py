@@ -40,6 +40,7 @@ from mutations import mutate  # noqa: E402
 
 import tools.cli  # noqa: E402
 from tools.cli import InputError, OutputError  # noqa: E402
+from tools.processes import peak_bytes  # noqa: E402
 
 HANG = 20  # seconds
 MEMORY = 2 ** 30  # bytes that an input may take
@@ -128,18 +129,13 @@ def prepare(name: str, valid: Path, work: Path, number: int, seed: int) -> str:
     return f"{path.relative_to(work)}: {mutate(path, form, rng)}"
 
 
-def most_memory() -> int:
-    """Bytes that this process has had at a time, since /proc/self/clear_refs was written."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def do_one(name: str, home: Path, number: int, seed: int) -> tuple[str, list[Failure]]:
     """Make input `number` in home/work and try it; what was done, and what failed."""
     done = prepare(name, home / "valid", home / "work", number, seed)
     Path("/proc/self/clear_refs").write_text("5")
-    at_start = most_memory()
+    at_start = peak_bytes()
     found = attempt(KINDS[name].use, home / "work")
-    taken = most_memory() - at_start
+    taken = peak_bytes() - at_start
     if taken > MEMORY:
         found.append(Failure("memory", "?", f"{taken / 2 ** 30:.1f} GB"))
     strays = [path for path in home.iterdir() if path.name not in ("valid", "work", "log")]

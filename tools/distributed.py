@@ -17,6 +17,17 @@ import torch.multiprocessing as mp
 from tools.cli import InputError, describe_error
 
 
+@contextlib.contextmanager
+def one_thread():
+    """One thread for torch in the block: a network on the CPU rounds in another way for each number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass
 class Job:
     """This process's place among those of the job."""

@@ -179,13 +179,19 @@ class Spp(NetworkExtractor):
         return list(zip(found["keypoints"], found["scores"], found["descriptors"]))
 
 
-class Aliked(NetworkExtractor):
-    """ALIKED of kornia, model aliked-n16, the `max_keypoints` strongest maxima of the score map (D = 128)."""
+class KorniaExtractor(NetworkExtractor):
+    """What ALIKED and DISK of kornia share: the `max_keypoints` strongest maxima of a map of a colour image."""
 
-    name, dim, weights_file, color = "aliked", 128, "aliked-n16.pth", True
+    dim, color = 128, True
     dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
     eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
     max_pixels = 2_000_000  # of 2200 bytes each
+
+
+class Aliked(KorniaExtractor):
+    """ALIKED, model aliked-n16 (D = 128)."""
+
+    name, weights_file = "aliked", "aliked-n16.pth"
 
     def _load(self, weights):
         from tools.pretrained import import_kornia, load_pretrained
@@ -201,13 +207,10 @@ class Aliked(NetworkExtractor):
         return [(found.keypoints, found.keypoint_scores, found.descriptors) for found in self.network(batch)]
 
 
-class Disk(NetworkExtractor):
-    """DISK of kornia, trained with depth, the `max_keypoints` strongest maxima (D = 128). Scores are logits."""
+class Disk(KorniaExtractor):
+    """DISK, trained with depth (D = 128). Scores are logits."""
 
-    name, dim, weights_file, color = "disk", 128, "disk-depth-save.pth", True
-    dump_settings: ClassVar = {"max_keypoints": 4096, "nms_radius": 2}
-    eval_settings: ClassVar = {"max_keypoints": 2000, "nms_radius": 2}
-    max_pixels = 2_000_000  # of 2200 bytes each
+    name, weights_file = "disk", "disk-depth-save.pth"
 
     def _load(self, weights):
         from tools.pretrained import import_kornia, load_pretrained

@@ -1,15 +1,23 @@
 """Worker processes that start clean, leave Ctrl-C to their parent, and end with it."""
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import cv2
 
+resource = None  # Windows has none
+with contextlib.suppress(ImportError):
+    import resource
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
 _HAS_MASKS = hasattr(signal, "pthread_sigmask")  # Windows has none, and no resource tracker
 
 def _exit_with_parent():
@@ -64,3 +72,24 @@ def in_order(pool, function, items, ahead: int):
     finally:
         for future in waiting:
             future.cancel()
+
+
+def peak_bytes() -> float | None:
+    """Most memory that this process held so far; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        # what getrusage gives counts the process that started this one, up to then
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # no Linux
+        return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+def peak_memory_mb(workers: int) -> float | None:
+    """Most memory that this process held so far, plus `workers` times that of the largest process it started.
+
+    Of the latter, those that have ended count. None where the system does not say.
+    """
+    if resource is None:
+        return None
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT
+    return (peak_bytes() + workers * child) / 1e6

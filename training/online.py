@@ -10,11 +10,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from tools.cli import InputError
 from tools.correspondences import depth_at
+from tools.distributed import one_thread
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import IMAGE_SUFFIXES, read_depth, read_image
 from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
@@ -65,11 +65,9 @@ class _ViewSource:
 
     def features(self, image: np.ndarray) -> dict:
         """What a view has of its features."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in sample-making processes: another number may round otherwise
         names = ("feature", "extract_keypoints", "contrast_threshold")
-        found = _extractor(*(self.config[name] for name in names))(image)
-        torch.set_num_threads(threads)
+        with one_thread():  # as in sample-making processes
+            found = _extractor(*(self.config[name] for name in names))(image)
         rows = np.arange(len(found.scores))
         if self.config["unique_locations"]:
             # not by the extractor, which would describe twice as many keypoints as it returns
