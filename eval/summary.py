@@ -273,7 +273,7 @@ def plot_pose_recall(path, results: Results) -> None:
 def plot_iterations_used(path, results: Results) -> None:
     """Write a PNG: share of pairs (percent) by how many iterations the loop ran, a bar for each method beside others.
 
-    The hatched part of a bar is pairs that ran to the end, because no two poses in a row agreed.
+    The hatched part of a bar is pairs in which no two poses in a row agreed.
     """
     loops = {label: rows for label, rows in _named(results).items() if any(row.steps for row in rows)}
     used = sorted({step.iterations for rows in loops.values() for row in rows for step in row.steps})
@@ -285,7 +285,7 @@ def plot_iterations_used(path, results: Results) -> None:
                                                        for row in rows]) for n in used]) for stopped in (True, False))
             axes.bar(x, agreed, width * 0.92, label=label, color=f"C{place}")
             axes.bar(x, others, width * 0.92, bottom=agreed, edgecolor=f"C{place}", **ran_on)
-        axes.bar([0], [0], edgecolor="gray", label="ran to the end", **ran_on)
+        axes.bar([0], [0], edgecolor="gray", label="no two poses agreed", **ran_on)
         axes.set(xlabel="iterations used", ylabel="pairs (%)", xticks=np.arange(len(used)), xticklabels=used)
 
 
