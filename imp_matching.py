@@ -49,6 +49,10 @@ def evaluate() -> int:
     return _run("eval.eval_imp")
 
 
+def colmap() -> int:
+    return _run("eval.export_colmap")
+
+
 def dump() -> int:
     return _run("dump.dump_megadepth")
 
