@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.cluster.vq import kmeans2, vq
 from tqdm import tqdm
 
 from eval.colmap_database import Database, import_pycolmap, known_K, two_view_geometry
@@ -35,7 +34,6 @@ from tools.pair_list import read_pair_list
 
 FORMAT, VERSION = "imp-colmap", 1
 GUESSED_FOCAL = 1.2  # of the longer side, as COLMAP guesses
-N_WORDS, MOST_SAMPLES = 64, 50_000  # of the global descriptor's vocabulary
 
 
 @dataclass
@@ -82,27 +80,16 @@ class ImageSet:
 
 
 def nearest_pairs(descriptors: list[np.ndarray], k: int) -> list[tuple[int, int]]:
-    """Index pairs i < j of images of which one is among the k most similar of the other, by VLAD.
+    """Index pairs i < j of images of which one is among the k most similar of the other.
 
-    descriptors: (N, D) local descriptors of each image. Each is assigned to the nearest of N_WORDS means of them all;
-    an image is described by the sums of the differences (Jegou et al., CVPR 2010).
+    descriptors: (N, D) local descriptors of each image. Its global descriptor is their mean, less that of all images.
     """
-    pooled = np.concatenate(descriptors)
-    sample = pooled[::max(1, len(pooled) // MOST_SAMPLES)]
-    if len(sample) < N_WORDS:
-        raise InputError(f"--nearest needs {N_WORDS} keypoints, and the images have {len(sample)}: leave it out")
-    words, _ = kmeans2(sample, N_WORDS, minit="++", rng=np.random.default_rng(0))
-    vectors = np.zeros((len(descriptors), *words.shape))
-    for vector, local in zip(vectors, descriptors):
-        if len(local):
-            labels, _ = vq(local, words)
-            np.add.at(vector, labels, local - words[labels])
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-12)
-    flat = vectors.reshape(len(vectors), -1)
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-    similarity = flat @ flat.T
+    means = np.stack([local.mean(axis=0) if len(local) else np.zeros(local.shape[1]) for local in descriptors])
+    means -= means.mean(axis=0)
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    similarity = means @ means.T
     np.fill_diagonal(similarity, -np.inf)
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :min(k, len(flat) - 1)]
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :min(k, len(means) - 1)]
     return sorted({(min(i, j), max(i, j)) for i, row in enumerate(nearest.tolist()) for j in row})
 
 
