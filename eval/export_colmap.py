@@ -175,11 +175,12 @@ class Export:
         return replace(view, picture=view.picture[:1, :1])  # nothing is drawn
 
 
-def is_intact(path) -> bool:
-    """Whether SQLite can read all of a database: a power cut may leave one that it cannot."""
+def image_names(path) -> list[str]:
+    """Names of the images in a database of ours; InputError if it is damaged, as a power cut may leave it."""
     with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute("pragma quick_check").fetchone() == ("ok",)
-    return False
+        if connection.execute("pragma quick_check").fetchone() == ("ok",):
+            return [name for name, in connection.execute("select name from images")]
+    raise InputError(f"{path} is damaged: delete {Path(path).parent} to start anew")
 
 
 def copy_to_rematch(source, target) -> None:
@@ -198,17 +199,29 @@ def copy_to_rematch(source, target) -> None:
             raise InputError(f"{source} is not a database of COLMAP: {error}") from None
 
 
-def claim(out: Path, settings: dict, sources: list[Path]) -> None:
-    """Mark the folder `out` as made with `settings`, or check that it was, and that no source changed since."""
-    file = out / "settings.json"
+def claim(out: Path, settings: dict, folder: Path, rematch=None) -> Path:
+    """Mark the folder `out` as made with `settings`, or check that it was, and that no image changed since.
+
+    folder: of the images; rematch: as `export` takes it. Returns the database to fill.
+    """
+    file, final, unfinished = (out / name for name in ("settings.json", "database.db", "unfinished.db"))
     if file.exists():
         check_settings(check_fields(read_json(file), {}, file), settings, out)
-        for source in sources:
+    elif final.exists():
+        raise InputError(f"{out} holds a database that was not made here: write elsewhere")
+    else:
+        unfinished.unlink(missing_ok=True)
+    path = final if final.exists() else unfinished
+    if path.exists():
+        sources = [folder / name for name in image_names(path)]
+        sources += [Path(settings["weights"])] if settings["weights"] else []
+        for source in [] if rematch else sources:
             if source.exists() and source.stat().st_mtime > file.stat().st_mtime:
                 raise InputError(f"{source} was changed after {out} was made from it: write elsewhere")
-    elif (out / "database.db").exists():
-        raise InputError(f"{out} holds a database that was not made here: write elsewhere")
+    elif rematch:
+        copy_to_rematch(rematch, path)
     write_json(file, settings)
+    return path
 
 
 def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int | None = None,
@@ -224,18 +237,7 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
                 "turns": images.turns, "pairs": pairs, "sequential": sequential, "nearest": nearest,
                 "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers}
-    weights = matcher.settings["weights"]
-    final, unfinished = out / "database.db", out / "unfinished.db"
-    path = final if final.exists() else unfinished
-    known = []
-    if path.exists():
-        if not is_intact(path):
-            raise InputError(f"{path} is damaged: delete it to start anew")
-        with Database(path) as database:
-            known = [images.folder / name for name in database.ids]
-    claim(out, settings, [*known, *([Path(weights)] if weights else [])])
-    if rematch and not path.exists():
-        copy_to_rematch(rematch, path)
+    path = claim(out, settings, images.folder, rematch)
     with Database(path) as database:
         if rematch and images.pairs is None:
             images.names = list(database.ids)
@@ -246,11 +248,11 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
                              + "".join(f"; {name}: {why}" for name, why in list(job.failed.items())[:1]))
         job.add_pairs(choose_pairs(images, database, matcher.extractor.dim, sequential, nearest))
         n_images, n_pairs = database.counts()
-        print(f"{n_images} images, {n_pairs} pairs, {database.db.num_verified_image_pairs()} of them verified: {final}")
-    if path == unfinished:
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(path, final)
+        print(f"{n_images} images, {n_pairs} pairs, {database.db.num_verified_image_pairs()} of them verified: "
+              f"{out / 'database.db'}")
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(path, out / "database.db")
     return list(job.failed.items())
 
 
@@ -270,16 +272,17 @@ def map_images(folder: Path, out: Path, seed: int = 0) -> list[dict]:
     work = out / "mapping"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    options = colmap.IncrementalPipelineOptions(random_seed=seed)
+    # several threads add up in any order, and the last digits differ from run to run
+    options = colmap.IncrementalPipelineOptions(random_seed=seed, num_threads=1)
     models = colmap.incremental_mapping(out / "database.db", folder, work, options)
     report.unlink(missing_ok=True)
     for old in out.glob("[0-9]*"):
         shutil.rmtree(old)
     content["models"] = []
-    for number_, model in sorted(models.items()):
-        os.replace(work / str(number_), out / str(number_))
+    for name, model in sorted((str(index), model) for index, model in models.items()):
+        os.replace(work / name, out / name)
         content["models"].append({
-            "name": str(number_), "images": model.num_reg_images(), "points": model.num_points3D(),
+            "name": name, "images": model.num_reg_images(), "points": model.num_points3D(),
             "track_length": model.compute_mean_track_length(),
             "reprojection_error": model.compute_mean_reprojection_error()})
     write_json(report, content)
