@@ -21,12 +21,12 @@ from dump.workers import available_cores, stop_on_sigterm, worker_pool
 from tools.cli import InputError, run
 from tools.covisibility import scene_info_from_depth
 from tools.files import (
-    atomic_path,
     check_folder,
-    hdf5_image,
     read_json,
     remove_strays,
+    write_bytes,
     write_depth,
+    write_hdf5,
     write_image,
     write_json,
 )
@@ -57,11 +57,6 @@ def choose_pairs(rng, overlap, n) -> list[tuple[int, int]]:
     return sorted((int(a), int(b)) for a, b in zip(i[chosen], j[chosen]))
 
 
-def write_bytes(path, data: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
-
-
 def write_lines(path, lines) -> None:
     write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 
@@ -87,9 +82,8 @@ def write_view(save_path, layout, scene, i, image, depth, K, pose) -> None:
         write_image(test / "images" / f"{i:04d}.jpg", image)
         write_depth(test / "depths" / f"{i:04d}.h5", depth)
         size = np.array([image.shape[1::-1]], np.float64)
-        values = {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": size}
-        write_bytes(test / "calibration" / f"calibration_{i:04d}.h5", hdf5_image(
-            lambda file: [file.create_dataset(name, data=value) for name, value in values.items()]))
+        write_hdf5(test / "calibration" / f"calibration_{i:04d}.h5",
+                   {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": size})
     else:
         folder = save_path / layout / f"scene{scene}_00"
         write_image(folder / "img" / f"{i}.jpg", image)

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from concurrent.futures import BrokenExecutor
+from pickle import UnpicklingError
 
 # OpenCV counts in 32 bits, and is asked for twice as many keypoints where places are to be unique
 MOST_KEYPOINTS = 2 ** 30 - 1
@@ -37,7 +38,7 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.
 
 def describe_error(error: BaseException) -> str:
     """One line about any error, at most 500 characters."""
-    if isinstance(error, InputError | OutputError):
+    if isinstance(error, InputError | OutputError | UnpicklingError):
         text = str(error)
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
