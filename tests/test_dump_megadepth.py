@@ -34,7 +34,7 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
-from tools.processes import in_order
+from tools.processes import in_order, worker_pool
 from tools.records import read_record, write_record
 from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
@@ -676,7 +676,7 @@ def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
 
 def test_workers_take_one_core_and_may_die():
     """They leave Ctrl-C to their parent, and one that is killed ends the work with one line."""
-    with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
+    with pytest.raises(InputError, match="a worker was killed"), worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
         list(in_order(pool, os._exit, [1, 1], ahead=2))

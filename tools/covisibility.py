@@ -29,8 +29,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     in COLMAP's pixel convention. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
     """
     n = len(image_paths)
-    intrinsics = [np.asarray(K, np.float64) for K in intrinsics]
-    poses = [np.asarray(pose, np.float64) for pose in poses]
+    intrinsics, poses = ([np.asarray(matrix, np.float64) for matrix in matrices] for matrices in (intrinsics, poses))
 
     points, depths = [], []
     for i in tqdm(range(n), desc="depth samples", unit="image", disable=not progress):
@@ -60,16 +59,15 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     overlap[:, n_samples == 0] = -1
     np.fill_diagonal(overlap, 1)
 
+    def by_id(values: list) -> list[dict]:
+        return [dict(zip(ids.tolist(), of_image.tolist())) for ids, of_image in zip(point_ids, values)]
+
     return {
         "image_paths": list(image_paths), "depth_paths": list(depth_paths), "intrinsics": intrinsics, "poses": poses,
-        "overlap_matrix": overlap,
+        "overlap_matrix": overlap, "angles": axis_angles(poses),
         "scale_ratio_matrix": pair_matrices(point_ids, point_ndepths, len(representatives))[1],
-        "angles": axis_angles(poses),
         "n_points3D": [len(ids) for ids in point_ids],
-        "points3D_id_to_2D": [dict(zip(ids.tolist(), pixels.tolist()))
-                              for ids, pixels in zip(point_ids, point_pixels)],
-        "points3D_id_to_ndepth": [dict(zip(ids.tolist(), ndepth.tolist()))
-                                  for ids, ndepth in zip(point_ids, point_ndepths)],
+        "points3D_id_to_2D": by_id(point_pixels), "points3D_id_to_ndepth": by_id(point_ndepths),
     }
 
 
@@ -80,7 +78,6 @@ def sample_depth(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     spacing = max(1.0, np.sqrt(h * w / N_SAMPLES))
     n_x, n_y = max(1, round(w / spacing)), max(1, round(h / spacing))
     x, y = np.meshgrid(((np.arange(n_x) + 0.5) * w / n_x).astype(int), ((np.arange(n_y) + 0.5) * h / n_y).astype(int))
-    x, y = x.ravel(), y.ravel()
     values = depth[y, x].astype(np.float64)
     known = values > 0
     return np.stack([x[known], y[known]], axis=1) + 0.5, values[known]
