@@ -99,9 +99,9 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
 
     outcomes = {i: outcomes[task.record_path] for i, task in tasks.items()}  # True, False or a reason
     kept = [i for i, outcome in outcomes.items() if outcome is True]
-    good = np.isin(pairs, kept).all(axis=1)
-    usable = pairs[good]
-    n_valid, n_tried = write_matches(save_path, scene, usable, overlap[good], tasks, pool, workers)
+    is_usable = np.isin(pairs, kept).all(axis=1)
+    usable = pairs[is_usable]
+    n_valid, n_tried = write_matches(save_path, scene, usable, overlap[is_usable], tasks, pool, workers)
     pair_seconds = time.perf_counter() - matching_started
     print(f", {n_tried} pairs in {pair_seconds:.1f} s, {n_valid} valid")
     if work is not None:

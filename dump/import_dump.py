@@ -75,7 +75,7 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
         side = numbers(old[f"matched_ids{v}"], None, name=f"matched_ids{v}")
-        if len(side) and not (side.min() >= 0 and side.max() < n):
+        if not ((side >= 0) & (side < n)).all():
             raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))
     if len(sides[0]) != len(sides[1]):

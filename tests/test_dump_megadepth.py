@@ -72,8 +72,8 @@ def out(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "spoilt")
 
 
-def dump(base, out, *more):
-    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *more])
+def dump(base, out, *options):
+    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *options])
 
 
 def change_info(base, scene="0000", **changes):
@@ -205,11 +205,11 @@ def test_network(pristine, tmp_path, monkeypatch):
 
 # interruption
 
-def start(base, out, *more):
+def start(base, out, *options):
     """The command in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "dump.dump_megadepth", "--base_path", base, "--save_path", out,
-                             *ARGUMENTS, *more], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+                             *ARGUMENTS, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def wait_for_records(process, out, n):
@@ -339,7 +339,7 @@ def test_lock_is_not_held_on_a_file_that_was_removed(tmp_path):
 
 
 def test_file_system_without_locks(pristine, finished, tmp_path, monkeypatch, capsys):
-    def no_locks(file, how):
+    def no_locks(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert dump(pristine, tmp_path / "out") == 0

@@ -60,7 +60,7 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     np.fill_diagonal(overlap, 1)
 
     def by_id(values: list) -> list[dict]:
-        return [dict(zip(ids.tolist(), of_image.tolist())) for ids, of_image in zip(point_ids, values)]
+        return [dict(zip(ids.tolist(), row.tolist())) for ids, row in zip(point_ids, values)]
 
     return {
         "image_paths": list(image_paths), "depth_paths": list(depth_paths), "intrinsics": intrinsics, "poses": poses,

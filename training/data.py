@@ -55,7 +55,7 @@ class Labels:
     inlier_th: float = ONLINE_INLIER_TH
     outlier_th: float = 0.0
 
-    def of(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    def label(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
         """matches and unmatched as in `Pair`, of two views; a camera: keypoints, depth (N,), K (COLMAP's), pose."""
         matches = match_by_projection(*camera0, *camera1, self.inlier_th)
         if not self.outlier_th:
@@ -220,7 +220,7 @@ class DumpSource:
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
             cameras.append((record["keypoints"], record["depth"], record["intrinsics"], pair[f"pose{v}"]))
         check_matches(path, pair["matches"], [len(view["scores"]) for view in views])
-        matches, unmatched = self.labels.of(*cameras) if self.labels else (pair["matches"], None)
+        matches, unmatched = self.labels.label(*cameras) if self.labels else (pair["matches"], None)
         return Pair(str(path), views, matches, relative_pose(pair["pose0"], pair["pose1"]),
                     (pair["image_path0"], pair["image_path1"]), unmatched)
 
