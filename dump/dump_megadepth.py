@@ -112,10 +112,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     few_with_depth = int(np.isin(usable, without_depth).any(axis=1).sum())
     keypoint_bytes = sum(tasks[i].record_path.stat().st_size for i in kept)
     counts = {
-        "pairs": n_valid,
-        "images": len(kept),
-        "candidate_pairs": len(pairs),
-        "candidate_images": len(tasks),
+        "pairs": n_valid, "images": len(kept), "candidate_pairs": len(pairs), "candidate_images": len(tasks),
         "few_keypoints": sum(outcome is False for outcome in outcomes.values()),
         "rejected": {"image_left_out": len(pairs) - len(usable), "few_keypoints_with_depth": few_with_depth,
                      "few_matches": len(usable) - few_with_depth - n_valid},
@@ -148,8 +145,7 @@ def make_report(summary: dict, seconds: float, workers: int) -> dict:
         print(f"{total['few_keypoints']} images have fewer keypoints than --min_keypoints")
     for reason, n in rejected.items():
         print(f"pairs rejected, {reason.replace('_', ' ')}: {n}")
-    empty = [scene for scene, counts in scenes.items() if not counts["pairs"]]
-    if empty:
+    if empty := [scene for scene, counts in scenes.items() if not counts["pairs"]]:
         print(f"{len(empty)} scenes have no valid pair: {', '.join(empty)}")
     return {
         "images": total["images"], "pairs_tried": total["candidate_pairs"], "pairs": total["pairs"],

@@ -113,15 +113,13 @@ def usable_images(model, folder) -> tuple[list[str], list]:
     usable, skipped = [], []
     for image in model.images.values():
         try:
-            size = header_size(below(folder, image.name))
+            size, camera = header_size(below(folder, image.name)), (image.camera.width, image.camera.height)
+            if size == camera:
+                usable.append(image.name)
+            elif size:
+                raise InputError("the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera))
         except InputError as error:
             skipped.append((image.name, str(error)))
-            continue
-        camera = image.camera.width, image.camera.height
-        if size == camera:
-            usable.append(image.name)
-        elif size:
-            skipped.append((image.name, "the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera)))
     return usable, skipped
 
 

@@ -49,7 +49,10 @@ def load_checkpoint(path, device="cpu") -> dict:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        _check_zip(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch's are not compressed
+                if sum(member.file_size for member in archive.infolist()) > 4 * path.stat().st_size:
+                    raise ValueError("it would take far more memory than its file")
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])):
             content = torch.load(path, map_location=device, weights_only=True)
@@ -88,14 +91,6 @@ def _renamed(path: Path) -> Path:
         return path
     print(f"{path}: IMP and EIMP have the same parameters, taking {same}", file=sys.stderr)
     return same
-
-
-def _check_zip(path) -> None:
-    """Raise ValueError for a checkpoint that takes far more memory than its file; torch's are not compressed."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > 4 * Path(path).stat().st_size:
-                raise ValueError("too much in too small a file")
 
 
 def describe_weights(state: dict) -> dict:

@@ -17,16 +17,15 @@ CHUNK = 16384
 def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, progress=True) -> dict:
     """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
 
-    image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel
-    convention. poses: n (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit
-    of the poses; it is called twice per image, and one map is held at a time. progress: show bars.
+    image_paths, depth_paths: n paths relative to the root. intrinsics: n (3, 3), COLMAP's pixel convention. poses: n
+    (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit of the poses; it is
+    called twice per image, and one map is held at a time. progress: show bars.
 
-    `overlap_matrix[i, j]` is the share of i's surface (a regular grid of about 2400 pixels, those with known depth)
-    that lands inside image j, in front of it, where j's depth is known and within 5%: what j's depth map does not
-    know, j does not see. The diagonal is 1. An image without any known depth has -1 elsewhere in its row and column.
-    The 3D points are one sample per voxel of the scene, tested in the same way in every image; an image that sees more
-    than 2000 keeps those of lowest id, in random order, hence the same ones as its neighbours. `points3D_id_to_2D` is
-    in COLMAP's pixel convention. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
+    `overlap_matrix[i, j]` is the share of i's samples (`sample_depth`) that image j sees (`is_seen`), 1 on the
+    diagonal, -1 elsewhere in row and column of an image without depth. The 3D points are one sample per voxel of the
+    scene; an image that sees more than MAX_POINTS keeps those of lowest id, whose order is random, hence the same ones
+    as its neighbours. `points3D_id_to_2D` is in COLMAP's pixel convention, `scale_ratio_matrix` -1 for pairs without a
+    shared 3D point.
     """
     n = len(image_paths)
     intrinsics, poses = ([np.asarray(matrix, np.float64) for matrix in matrices] for matrices in (intrinsics, poses))
@@ -84,10 +83,9 @@ def sample_depth(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_seen(points: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Which world points (N, 3) a camera sees: inside the image, in front, and where its depth map says, within 5%.
+    """Which world points (N, 3) a camera sees: inside the image, in front, and at known depth, within DEPTH_TOLERANCE.
 
-    depth: (H, W), 0 = unknown, which counts as not seen; K (3, 3) in COLMAP's pixel convention; pose (4, 4)
-    world-to-camera. (N,) bool.
+    depth: (H, W), 0 = unknown; K (3, 3), COLMAP's pixel convention; pose (4, 4) world-to-camera. (N,) bool.
     """
     h, w = depth.shape
     pixels, z = project(points, K, pose)

@@ -139,9 +139,8 @@ def load_dump(path, scenes=None) -> dict:
     """What there is to train on in the dump `path`.
 
     scenes: the ids wanted, in that order; all complete ones if None. Returns {"feature_type", "settings",
-    "scenes": {scene: number of pairs, never 0}, "incomplete": [scenes begun and not finished, when none are asked
-    for]}. Raises InputError for a folder that is not a dump, for scenes asked for that are not complete, and if there
-    is no pair at all.
+    "scenes": {scene: number of pairs, never 0}, "incomplete": [unfinished scenes, when none are asked for]}. Raises
+    InputError for a folder that is not a dump, for scenes asked for that are unfinished, and if there is no pair.
     """
     manifest = read_manifest(path)
     begun = begun_scenes(path) if scenes is None else scenes

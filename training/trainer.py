@@ -34,8 +34,6 @@ FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
                   "val_images", "do_eval", "eval_epochs", "precision", "compile"}
 MATCHER_SETTINGS = ("norm_fn", "ac_fn", "with_sinkhorn", "sinkhorn_iterations", "match_threshold", "n_min_tokens")
-SCALARS = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
-           "total_acc_incorr", "total_matches")
 
 
 def parameter_groups(matcher, branch_lr: float) -> list[dict]:
@@ -269,12 +267,11 @@ class Trainer:
                              f"lr, or look at these pairs: {', '.join(name for name, _ in counts)}")
 
     def _log(self, out: dict, values: dict, waited: float) -> None:
-        names = [name for name in (*SCALARS, "pose_loss", "pose_samples") if name in out]
         each = out["per_iteration"]
-        # one reduction for all of them
+        names = ["loss", *each]
         flat = torch.cat([torch.stack([out[name].detach().float() for name in names]),
                           *(value.float() for value in each.values())])
-        flat = self.job.mean(flat).cpu().numpy()
+        flat = self.job.mean(flat).cpu().numpy()  # one reduction for all of them
         if self.monitor:
             arrays = flat[len(names):].reshape(len(each), -1)
             values |= {"skipped_steps": len(self.bad), **dict(zip(names, flat.tolist()))}
