@@ -109,8 +109,8 @@ def make_scene(number, save_path, images_per_scene, size, seed, photographs, lay
             write_view(save_path, layout, scene, i, image, depth, K, pose)
 
     image_paths, depth_paths = zip(*(megadepth_paths(scene, i) for i in range(images_per_scene)))
-    info = scene_info_from_depth(image_paths, depth_paths, [opencv_to_colmap_K(K) for K, _ in cameras],
-                                 [pose for _, pose in cameras], depths.__getitem__, progress=False)
+    intrinsics, poses = zip(*((opencv_to_colmap_K(K), pose) for K, pose in cameras))
+    info = scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, depths.__getitem__, progress=False)
     chosen = choose_pairs(np.random.default_rng([seed, number, 0]), info["overlap_matrix"], pairs)
     if "yfcc" in layouts:
         raw = save_path / "yfcc" / "raw_data"

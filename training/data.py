@@ -28,20 +28,14 @@ MAX_TRIES = 20  # pairs for one sample
 
 @dataclass
 class Pair:
-    """Two views before keypoints are chosen.
+    """Two views before keypoints are chosen."""
 
-    name: what messages call it; views: dicts of keypoints (N, 2) pixels, scores (N,), descriptors (N, D), image_size
-    (w, h), K (3, 3) in OpenCV's pixel convention; matches (M, 2): the true ones; T_0to1 (4, 4), or None where there is
-    no pose; image_paths: of both, relative to where the images are; unmatched: of each view, which keypoints (N,) bool
-    have no true match for certain, or None: all that are in none of `matches`.
-    """
-
-    name: str
-    views: list[dict]
-    matches: np.ndarray
-    T_0to1: np.ndarray | None
-    image_paths: tuple[str, str]
-    unmatched: tuple[np.ndarray, np.ndarray] | None = None
+    name: str  # in messages
+    views: list[dict]  # keypoints (N, 2), scores (N,), descriptors (N, D), image_size (w, h), K (3, 3), OpenCV's pixels
+    matches: np.ndarray  # (M, 2), the true ones
+    T_0to1: np.ndarray | None  # (4, 4); None: unknown
+    image_paths: tuple[str, str]  # relative to where the images are
+    unmatched: tuple[np.ndarray, np.ndarray] | None = None  # (N,) bool each; None: all that are in none of `matches`
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,10 @@ def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice, rng:
                      unmatched=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which keypoints of two views make a sample, and where its true matches are.
 
-    matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of them drawn from
-    min_inliers .. max_inliers (all without random_inliers; at most M, at least what the unmatched
-    keypoints leave to fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,),
-    chosen1 (N1,), of max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's
-    match, or -1.
+    matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of matches drawn
+    from min_inliers .. max_inliers (without random_inliers all; more where unmatched keypoints are few), and unmatched
+    keypoints up to max_keypoints, shuffled. Returns chosen0 (N0,), chosen1 (N1,); and target (N0,): the place in
+    chosen1 of each of chosen0's match, or -1.
     """
     candidates = (np.arange(n0), np.arange(n1)) if unmatched is None else map(np.flatnonzero, unmatched)
     free0, free1 = (np.setdiff1d(rows, own, assume_unique=True) for rows, own in zip(candidates, matches.T))
@@ -141,8 +134,7 @@ def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None
 
     views: as in `Pair`, with at most `size` keypoints; target (N0,): match in view 1 or -1. T_0to1 (4, 4), or None
     where there is no pose: has_pose is then 0. Where a view has fewer than size keypoints, both are padded with zeros,
-    and mask0, mask1 (size,) tell which are real. Descriptors stay of the type they are stored in, which is half the
-    size.
+    and mask0, mask1 (size,) tell which are real. Descriptors stay of the type they are stored in.
     """
     counts = [len(view["scores"]) for view in views]
     sample = dict(zip(("target0", "target1"), padded_targets(target, counts[1], size)))
