@@ -26,7 +26,7 @@ import numpy as np
 
 from dump.command import add_common_options, finish_report, report_verified, writing
 from dump.features import extract_missing, extractor
-from dump.keypoints import ImageTask, Recipe, recipe_of
+from dump.keypoints import ImageTask, Recipe
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
 from dump.verify import verify_dump
 from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
@@ -188,7 +188,7 @@ def main(argv=None) -> int:
         parser.error("--feature_type and --base_path are needed")
 
     stop_on_sigterm()
-    recipe = recipe_of(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device, **{
+    recipe = Recipe(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device, **{
         action.dest: getattr(args, action.dest) for action in settings if action.dest in args})
     started, shard = time.perf_counter(), parse_shard(args.shard)
     with writing(f"to {args.save_path}"):
