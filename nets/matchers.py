@@ -114,17 +114,6 @@ class MatchingState:
                                 self.attention_cross[1].select(rows1, rows0))
 
 
-class Propagation(nn.Module):
-    """The 2 L attention layers: even = self, odd = cross."""
-
-    def __init__(self, dim: int, n_layers: int, norm_fn: str | None, ac_fn: str, shares_attention: bool,
-                 together: bool):
-        super().__init__()
-        shares = [shares_attention and is_second(t) for t in range(n_layers + 1)]
-        self.layers = nn.ModuleList([AttentionLayer(dim, norm_fn, ac_fn, together, shares[t], is_shared=shares[t + 1])
-                                     for t in range(n_layers) for _ in range(2)])
-
-
 def _take_published(_, state: dict, prefix: str, *rest) -> None:
     for name in state:
         if name.startswith(prefix):
@@ -165,7 +154,11 @@ class Matcher(nn.Module):
         self.match_threshold = match_threshold
         self.n_min_tokens = n_min_tokens
         self.kenc = KeypointEncoder(descriptor_dim, norm_fn, ac_fn)
-        self.gnn = Propagation(descriptor_dim, n_layers, norm_fn, ac_fn, self.shares_attention, self.views_together)
+        shares = [self.shares_attention and is_second(t) for t in range(n_layers + 1)]
+        self.gnn = nn.Module()  # named as published; of each iteration the layer of self-attention, then of cross
+        self.gnn.layers = nn.ModuleList([
+            AttentionLayer(descriptor_dim, norm_fn, ac_fn, self.views_together, shares[t], is_shared=shares[t + 1])
+            for t in range(n_layers) for _ in range(2)])
         self.final_proj = nn.ModuleList([nn.Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
         self.bin_score = nn.Parameter(torch.tensor(1.0))
         with torch.no_grad():  # a seed gives the weights that it gave in the published layout
@@ -183,16 +176,20 @@ class Matcher(nn.Module):
         descriptors, scores = (torch.cat([data[name + v] for v in "01"], dim=1) for name in ("descriptors", "scores"))
         return MatchingState(self, descriptors + self.kenc(torch.cat(keypoints, dim=1), scores, views), views)
 
-    def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:
+    def iterate(self, data: dict, n_layers: int | None = None, pool_threshold: float | None = None
+                ) -> Iterator[MatchingState]:
         """Yield the state after each iteration; the caller may read its matches and pool before the next one.
 
-        n_layers: how many iterations, at most and by default all that the network has.
+        n_layers: how many iterations, at most and by default all that the network has. pool_threshold: with one, EIMP
+        pools by masking, as in training.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
         if not 1 <= n_layers <= self.n_layers:
             raise ValueError(f"n_layers {n_layers}: the network has {self.n_layers} iterations")
         state = self.encode(data)
-        for _ in range(n_layers):
+        for t in range(n_layers):
+            if self.pools and pool_threshold is not None and is_second(t - 1):
+                state.mask_out(pool_threshold)
             state.advance()
             yield state
 
@@ -202,30 +199,20 @@ class Matcher(nn.Module):
         With true matches in `data` also what `nets.losses.total` makes of all iterations: loss, its terms and counts.
         objective: options of `nets.losses.judge`.
         """
-        n_layers = self.n_layers if n_layers is None else n_layers
         targets, judged = targets_of(data), []
-        for state in self.iterate(data, n_layers):
+        for state in self.iterate(data, n_layers, POOL_THRESHOLD):
             if targets is not None:
                 judged.append(judge(state, targets, data, **objective))
-            if state.iteration == n_layers - 1:
-                matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
-            elif self.pools and is_second(state.iteration):
-                state.mask_out(POOL_THRESHOLD)
-        out = {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
+        names = ("matches0", "matches1", "matching_scores0", "matching_scores1")
+        out = dict(zip(names, state.matches(self.match_threshold)))
         return out if targets is None else {**out, **total(judged)}
 
     @torch.no_grad()
     def match_all_iterations(self, data: dict, threshold: float = 0.2, pool_threshold: float = POOL_THRESHOLD,
                              n_layers: int | None = None) -> tuple[Tensor, Tensor]:
         """One-shot matching read at every iteration: matches0 (L, B, N0) int64, scores0 (L, B, N0)."""
-        all_matches, all_scores = [], []
-        for state in self.iterate(data, n_layers):
-            matches0, _, scores0, _ = state.matches(threshold)
-            all_matches.append(matches0)
-            all_scores.append(scores0)
-            if self.pools and is_second(state.iteration):
-                state.mask_out(pool_threshold)
-        return torch.stack(all_matches), torch.stack(all_scores)
+        found = [state.matches(threshold) for state in self.iterate(data, n_layers, pool_threshold)]
+        return torch.stack([matches0 for matches0, *_ in found]), torch.stack([scores0 for _, _, scores0, _ in found])
 
 
 class GM(Matcher):
