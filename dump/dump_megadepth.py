@@ -7,14 +7,8 @@ pairs (dump/matches.py). It may be stopped at any moment, and resumes with a res
 appears whole or not at all, pairs are tried in a fixed order, and a scene is complete when OUT/scenes/<scene>.json is
 there. `tools/manifest.py` describes the folder and reads it.
 
-Shards, one a machine, get whole scenes, every N-th; all N, at once or one after the other, end with the bytes of one
-run without them. Whoever writes a scene holds its lock. The bytes of networks' features are those of one model of
-processor, or GPU: others round otherwise.
-
-Memory does not grow with the number of images and pairs of a scene, but for its scene_info while the pairs are chosen
-(0.4 KB for each observation of a 3D point, and three matrices), then 100 bytes a pair and 10 KB an image. Per worker:
-one image with its depth, and 1 or 2 GB of features at 1600x1200; VIEWS_KEPT views of about 50 KB while matching. With
-a GPU, images (2 * workers and a batch) and the network are in the parent alone.
+Whoever writes a scene holds its lock. The bytes of networks' features are those of one model of processor, or GPU:
+others round otherwise. docs/megadepth.md: several machines, time and memory.
 """
 import argparse
 import sys

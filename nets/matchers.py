@@ -8,7 +8,7 @@ from nets import layout
 from nets.assignment import assign, matches_of_input, mutual_matches
 from nets.layers import ACTIVATIONS, AttentionLayer, KeypointEncoder, Views, normalize_keypoints
 from nets.losses import judge, targets_of, total
-from nets.pooling import keep_indices, keep_mask
+from nets.pooling import keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
 
@@ -74,15 +74,17 @@ class MatchingState:
         return (self.attention_self[0].received_mass(mask0), self.attention_cross[1].received_mass(mask1),
                 self.attention_self[1].received_mass(mask1), self.attention_cross[0].received_mass(mask0))
 
+    def _pool(self, threshold: float, n_min_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keypoints of each view to keep, (B, N0), (B, N1) bool."""
+        self0, cross0, self1, cross1 = self.attention_masses()
+        return (keep_mask(self.assignment, self0, cross0, threshold, n_min_tokens, self.keep0),
+                keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min_tokens, self.keep1))
+
     def mask_out(self, threshold: float) -> None:
         """Pool by masking: keypoints that are not kept stay in the tensors, but are no keys and have no scores."""
-        if 0 in self.views.sizes:
-            return
-        self0, cross0, self1, cross1 = self.attention_masses()
-        n_min = self.matcher.n_min_tokens
-        keep0 = keep_mask(self.assignment, self0, cross0, threshold, n_min, self.keep0)
-        keep1 = keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min, self.keep1)
-        self.keep0, self.keep1, self._assignment = keep0, keep1, None
+        if 0 not in self.views.sizes:
+            self.keep0, self.keep1 = self._pool(threshold, self.matcher.n_min_tokens)
+            self._assignment = None
 
     @torch.no_grad()
     def remove(self, threshold: float, n_min_tokens: int | None = None) -> None:
@@ -92,13 +94,9 @@ class MatchingState:
         """
         if len(self.x) != 1:
             raise ValueError("keypoints can be removed from one pair at a time: the views of a batch differ in number")
-        if 0 in self.views.sizes:
-            return
-        self0, cross0, self1, cross1 = self.attention_masses()
-        n_min = self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens
-        rows0 = keep_indices(self.assignment[0], self0[0], cross0[0], threshold, n_min)
-        rows1 = keep_indices(self.assignment[0].T, self1[0], cross1[0], threshold, n_min)
-        self.select(rows0, rows1)
+        if 0 not in self.views.sizes:
+            keeps = self._pool(threshold, self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens)
+            self.select(*(keep[0].nonzero()[:, 0] for keep in keeps))
 
     def select(self, rows0: Tensor, rows1: Tensor) -> None:
         """Keep only some of the present keypoints of each view: sorted int64 indices (K0,), (K1,)."""
