@@ -22,7 +22,7 @@ from nets.matchers import MATCHERS, Matcher
 from tools.checkpoint import describe_weights, load_checkpoint, load_matcher
 from tools.cli import InputError, number, run
 from tools.features import FEATURE_TYPES
-from tools.files import atomic_path
+from tools.files import atomic_path, file_hash
 
 DATA_NAMES = [name + view for view in "01" for name in ("keypoints", "descriptors", "scores", "image_size")]
 COLMAP_NAMES = ["kpts0", "kpts1", "desc0", "desc1", "image_size0", "image_size1"]
@@ -70,7 +70,7 @@ def example(module: OneShot, dim: int, n0: int = 20, n1: int = 16, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     n = max(n0, n1)
     keypoints = torch.rand(1, n, 2, generator=generator) * torch.tensor([600.0, 440.0])
-    descriptors = F.normalize(torch.rand(1, n, dim, generator=generator), dim=-1)
+    descriptors = F.normalize(torch.randn(1, n, dim, generator=generator), dim=-1)
     scores = torch.rand(1, n, generator=generator)
     size = torch.tensor([[640.0, 480.0]])
     data = {}
@@ -95,7 +95,8 @@ def export_onnx(module: OneShot, dim: int, path, metadata: dict | None = None) -
     logger.setLevel(logging.ERROR)  # it warns that torchvision, which nothing here needs, is not installed
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         program = torch.onnx.export(module.eval(), example(module, dim), dynamo=True, dynamic_shapes=(shapes,),
-                                    input_names=list(module.inputs), output_names=list(module.outputs), verbose=False)
+                                    input_names=list(module.inputs), output_names=list(module.outputs), verbose=False,
+                                    optimize=False)  # runtimes do that, in a tenth of the time
     logger.setLevel(level)
     model = program.model
     model.metadata_props.update(metadata or {})
@@ -126,8 +127,8 @@ def main(argv=None) -> int:
     described = describe_weights(content["model"])
     config = content.get("config")
     trained = (config if isinstance(config, dict) else content).get("network")
-    network = args.network or (trained if trained in MATCHERS else described.get("network", "imp"))
-    dim = described.get("descriptor_dim", 0)
+    network = args.network or (trained if trained in MATCHERS else described.get("network"))
+    dim = described.get("descriptor_dim", 128)
     feature = str(content.get("feature", next((name for name, kind in FEATURE_TYPES.items() if kind.dim == dim), "")))
     if args.program and dim != 128:
         raise InputError(f"{args.weights} is for descriptors of {dim} channels: --for {args.program} takes weights for "
@@ -136,8 +137,8 @@ def main(argv=None) -> int:
     module = ForColmap(matcher) if args.program else OneShot(matcher)
     export_onnx(module, dim, args.path, {
         "network": network, "feature_type": feature, "descriptor_dim": str(dim), "n_layers": str(matcher.n_layers),
-        "match_threshold": str(args.match_threshold), "weights": Path(args.weights).name, "version": _version(),
-        "for": args.program or ""})
+        "match_threshold": str(args.match_threshold), "version": _version(), "for": args.program or "",
+        "weights": f"{Path(args.weights).name} {file_hash(args.weights)}"})
     print(f"{args.path}: {Path(args.path).stat().st_size / 1e6:.1f} MB, {', '.join(module.inputs)} -> "
           f"{', '.join(module.outputs)}")
     return 0
