@@ -40,4 +40,7 @@ class Matcher(BaseModel):
         raise NotImplementedError("train with train.py of imp-matching: docs/training.md")
 
 
-__main_model__ = Matcher
+def __getattr__(name: str):
+    if name == "__main_model__":  # not a variable: glue-factory also takes the only class among a module's variables
+        return Matcher
+    raise AttributeError(name)

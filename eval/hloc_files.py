@@ -1,7 +1,7 @@
 """The HDF5 files of hloc: features of images, and matches of pairs.
 
 features.h5: a group for each image, by its name: keypoints (N, 2), (0, 0) is the centre of the top-left pixel of the
-image as stored, with the attribute `uncertainty` in pixels; scores (N,); descriptors (D, N); image_size (w, h).
+image as stored; scores (N,); descriptors (D, N); image_size (w, h).
 matches.h5: groups name0/name1, a slash in a name is "-": matches0 (N0,), -1 for none, and matching_scores0 (N0,).
 """
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from eval.match_features import match_features
 from tools.cli import InputError, reason
 from tools.features import Features
-from tools.files import atomic_path, hdf5_array, hdf5_image, hdf5_item, open_hdf5
+from tools.files import hdf5_array, hdf5_item, open_hdf5, write_hdf5
 from tools.pair_list import Pair
 
 
@@ -26,24 +26,15 @@ def read_features(path, name: str) -> Features:
     return Features(arrays["keypoints"], arrays["scores"], arrays["descriptors"].T, (int(w), int(h)))
 
 
-def write_features(path, images: Iterable[tuple[str, Features]], dtype=np.float32, uncertainty: float = 1.0) -> None:
+def write_features(path, images: Iterable[tuple[str, Features]], dtype=np.float32) -> None:
     """Write a features.h5 of (name, features), atomically; dtype: hloc itself stores np.float16."""
-    def write(file):
-        for name, features in images:
-            group = file.create_group(name)
-            group["keypoints"] = features.keypoints.astype(dtype)
-            group["keypoints"].attrs["uncertainty"] = uncertainty
-            group["scores"] = features.scores.astype(dtype)
-            group["descriptors"] = features.descriptors.T.astype(dtype)
-            group["image_size"] = np.array(features.image_size)
-
-    _write(path, write)
-
-
-def _write(path, write) -> None:
-    data = hdf5_image(write)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    arrays = {}
+    for name, features in images:
+        for key in ("keypoints", "scores"):
+            arrays[f"{name}/{key}"] = getattr(features, key).astype(dtype)
+        arrays[f"{name}/descriptors"] = features.descriptors.T.astype(dtype)
+        arrays[f"{name}/image_size"] = np.array(features.image_size)
+    write_hdf5(path, arrays)
 
 
 def _pair_name(name0: str, name1: str) -> str:
@@ -69,16 +60,15 @@ def write_matches(path, pairs: Iterable[tuple[str, str, int, np.ndarray, np.ndar
 
     A pair that is given again, also the other way round, is left out.
     """
-    def write(file):
-        for name0, name1, n0, matches, scores in pairs:
-            if _pair_name(name0, name1) in file or _pair_name(name1, name0) in file:
-                continue
-            matches0, scores0 = np.full(n0, -1, np.int32), np.zeros(n0, np.float16)
-            matches0[matches[:, 0]], scores0[matches[:, 0]] = matches[:, 1], scores
-            group = file.create_group(_pair_name(name0, name1))
-            group["matches0"], group["matching_scores0"] = matches0, scores0
-
-    _write(path, write)
+    arrays = {}
+    for name0, name1, n0, matches, scores in pairs:
+        group = _pair_name(name0, name1)
+        if f"{group}/matches0" in arrays or f"{_pair_name(name1, name0)}/matches0" in arrays:
+            continue
+        matches0, scores0 = np.full(n0, -1, np.int32), np.zeros(n0, np.float16)
+        matches0[matches[:, 0]], scores0[matches[:, 0]] = matches[:, 1], scores
+        arrays |= {f"{group}/matches0": matches0, f"{group}/matching_scores0": scores0}
+    write_hdf5(path, arrays)
 
 
 def match_pairs(features, pairs: list[Pair], path, verified: bool = False, **options) -> list[tuple[str, str]]:
