@@ -38,7 +38,7 @@ def save_checkpoint(path, content: dict) -> None:
         torch.save(content, temporary)
 
 
-def load_checkpoint(path, device="cpu") -> dict:
+def load_checkpoint(path) -> dict:
     """Read a checkpoint file -> dict whose entry `model` is a state dict.
 
     `state_dict`, `model_state_dict` and a bare state dict are taken as `model`, and a prefix that all its keys share is
@@ -55,7 +55,7 @@ def load_checkpoint(path, device="cpu") -> dict:
                     raise ValueError("it would take far more memory than its file")
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])):
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever a damaged file makes of torch's readers
@@ -113,7 +113,7 @@ def describe_weights(state: dict) -> dict:
 
 
 def load_weights(module: torch.nn.Module, state: dict, path) -> None:
-    """Load a state dict with strict keys and shapes; InputError names the first wrong one and what the file is for."""
+    """Load a state dict of finite numbers with strict keys and shapes; InputError names the first that is wrong."""
     own = module.state_dict()
     problems = [f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(value.shape)}"
                 for key, value in own.items() if key in state and value.shape != state[key].shape]
@@ -124,10 +124,6 @@ def load_weights(module: torch.nn.Module, state: dict, path) -> None:
         raise InputError(f"{path} does not fit this network: {problems[0]}"
                          + (f" (the file is for {description})" if description else ""))
     module.load_state_dict(state)
-
-
-def check_finite(module: torch.nn.Module, path) -> None:
-    """InputError if a weight is not a finite number."""
     for key, value in module.state_dict().items():
         if not torch.isfinite(value).all():
             raise InputError(f"{path} is of no use: {key} has values that are not finite; its training diverged, or "
@@ -160,7 +156,6 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
         settings[key] = config[key]
     matcher = build_matcher(network, **{**settings, **options})
     load_weights(matcher, content["model"], path)
-    check_finite(matcher, path)
     return matcher.float().eval().to(device)
 
 
@@ -182,7 +177,6 @@ def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:
                          f"weights/{SUPERPOINT} (see weights/README.md), or use --feature_type sift")
     network = SuperPoint(**options)
     load_weights(network, load_checkpoint(path)["model"], path)
-    check_finite(network, path)
     return network.eval().to(device)
 
 

