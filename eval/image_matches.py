@@ -115,15 +115,14 @@ class ImageMatches:
         """What to know of the verdict, or an empty string."""
         if not self.inliers.any():
             return "no pose found" if self.K0 is not None and self.K1 is not None else "no fundamental matrix found"
+        remarks = ["so few inliers may agree by chance"] if self._has_few_inliers() else []
         if not self.translation_determined and self.R is not None:
-            remark = "a rotation alone explains the matches"
-        elif self._has_few_inliers():
-            remark = ""  # which a plane explains in any case
-        elif self.planar and self.R is None:
-            remark = "a plane, or a rotation alone, explains the matches: the translation is not determined"
-        else:
-            remark = "a plane explains the matches: two poses fit, and this is one of them" if self.planar else ""
-        return "; ".join(filter(None, [self._has_few_inliers() * "so few inliers may agree by chance", remark]))
+            remarks.append("a rotation alone explains the matches")
+        elif self.planar and not remarks:  # a plane explains few inliers in any case
+            remarks.append("a plane, or a rotation alone, explains the matches: the translation is not determined"
+                           if self.R is None else
+                           "a plane explains the matches: two poses fit, and this is one of them")
+        return "; ".join(remarks)
 
     def _has_few_inliers(self) -> bool:
         return np.sum(self.inliers) < max(TRUSTED_INLIERS, TRUSTED_SHARE * len(self.candidates[0]))
