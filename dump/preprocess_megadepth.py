@@ -13,8 +13,7 @@ and gets, scene by scene, what exists being kept:
     scene_info/<scene>.0.npz
 
 It may be stopped at any moment, and resumes at the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
-its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Shards, one a machine, get whole scenes, and
-whoever is at one holds its lock. Memory: the COLMAP model of one scene.
+its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Memory: the COLMAP model of one scene.
 """
 import argparse
 import contextlib
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dump.command import writing
-from dump.workers import add_scene_shard, available_cores, deal, each_scene, parse_shard, stop_on_sigterm, wait_for_all
+from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
@@ -113,15 +112,13 @@ def usable_images(model, folder) -> tuple[list[str], list]:
     usable, skipped = [], []
     for image in model.images.values():
         try:
-            size = header_size(below(folder, image.name))
+            size, camera = header_size(below(folder, image.name)), (image.camera.width, image.camera.height)
+            if size == camera:
+                usable.append(image.name)
+            elif size:
+                raise InputError("the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera))
         except InputError as error:
             skipped.append((image.name, str(error)))
-            continue
-        camera = image.camera.width, image.camera.height
-        if size == camera:
-            usable.append(image.name)
-        elif size:
-            skipped.append((image.name, "the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera)))
     return usable, skipped
 
 
@@ -293,16 +290,11 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     for folder in ("Undistorted_SfM", "scene_info"):
         check_folder(Path(base_path, folder))
     scenes = tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None)
-    complete, skipped = [], []
-    for scene, images, problem in each_scene(
-            scenes, lambda scene: Path(base_path, "Undistorted_SfM", f".{scene}.lock"), f"of {base_path}",
-            lambda scene: preprocess_scene(base_path, scene, workers), busy="another process is at"):
-        if problem:
-            skipped.append((scene, problem))
-        else:
-            complete.append(scene)
-            skipped += [(f"{scene} {name}", reason) for name, reason in images]
-    return complete, skipped
+    complete, skipped = run_scenes(
+        scenes, Path(base_path, "Undistorted_SfM"), lambda scene: preprocess_scene(base_path, scene, workers),
+        busy="another process is at")
+    return list(complete), skipped + [(f"{scene} {name}", reason)
+                                      for scene, images in complete.items() for name, reason in images]
 
 
 def main(argv=None) -> int:

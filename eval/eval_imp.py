@@ -80,8 +80,9 @@ def _draw_pair(pair: EvalPair, images, method: str, found: PairMatches, result: 
     if result.error is not None:
         title.append(f"rotation {result.error_R:.1f}, translation {result.error_t:.1f} degrees off; "
                      f"{result.n_inliers} inliers" if np.isfinite(result.error) else "no pose found")
+    inliers = np.zeros(len(found.matches), bool) if found.pose is None else found.pose[2]
     return draw_matches(*images, *pair.matched_keypoints(found.matches), title, epipolar_errors(pair, found.matches),
-                        found.scores, PRECISION_THRESHOLD)
+                        inliers, PRECISION_THRESHOLD)
 
 
 def build_pair_set(args):

@@ -11,7 +11,7 @@ was found to be turned on the spot. Errors of camera centres are those of the la
 transform, in units of the ground truth.
 """
 import argparse
-import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,23 +34,25 @@ METHODS = {
     "LightGlue one-shot": {"matching_method": "LightGlue", "feature_type": "aliked", "one_shot": True},
     "LightGlue": {"matching_method": "LightGlue", "feature_type": "aliked"},
 }
-COLUMNS = {"verified": "verified pairs", "wrong": "of them wrong", "images": "images", "points": "points",
+COLUMNS = {"verified": "verified pairs", "wrong": "of them wrong", "wrong_rotation": "wrong in rotation",
+           "images": "images", "points": "points",
            "track_length": "track length", "reprojection_error": "reprojection error (px)",
-           "center_error": "camera centres: median error", "seconds": "CPU seconds"}
+           "center_error": "error of camera centres", "seconds": "CPU seconds"}
 
 
 def judge_pairs(database: Database, poses: dict[str, np.ndarray]) -> dict:
     """Numbers of verified pairs, and of wrong ones among them; poses (4, 4): world-to-camera, by image name."""
     colmap, names = database.colmap, {image_id: name for name, image_id in database.ids.items()}
     ids, geometries = database.db.read_two_view_geometries()
-    wrong = 0
+    wrong = wrong_rotation = 0
     for pair, geometry in zip(ids, geometries):
         pose0, pose1 = (poses[names[image_id]] for image_id in colmap.pair_id_to_image_pair(pair))
         T = geometry.cam2_from_cam1.matrix()
         error_t, error_R = pose_error(relative_pose(pose0, pose1), T[:, :3], T[:, 3])
         turned = geometry.config == colmap.TwoViewGeometryConfiguration.PANORAMIC
         wrong += bool(error_R > WRONG or (error_t > WRONG and not turned))
-    return {"verified": len(ids), "wrong": wrong}
+        wrong_rotation += bool(error_R > WRONG)
+    return {"verified": len(ids), "wrong": wrong, "wrong_rotation": wrong_rotation}
 
 
 def judge_model(path: Path, poses: dict[str, np.ndarray]) -> float | None:
@@ -69,10 +71,10 @@ def judge_model(path: Path, poses: dict[str, np.ndarray]) -> float | None:
 def run_method(settings: dict, images: ImageSet, poses: dict, out: Path) -> tuple[dict, list]:
     """One row of the table, and what could not be matched; settings: of the `ImageMatcher`."""
     out.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
+    resumed, start = (out / "settings.json").exists(), time.process_time()
     matcher = ImageMatcher(**settings)
     failed = export(images, out, matcher)
-    row = {"seconds": time.process_time() - start}
+    row = {"seconds": None if resumed else time.process_time() - start}
     models = map_images(images.folder, out)
     with Database(out / "database.db") as database:
         row |= judge_pairs(database, poses)
@@ -102,12 +104,13 @@ def main(argv=None) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--every", type=whole_number(1), default=1, metavar="N", help="take every N-th image alone")
-    parser.add_argument("--max_keypoints", type=whole_number(1), default=2000, help="of an image (default: %(default)s)")
+    parser.add_argument("--max_keypoints", type=whole_number(1), default=2000,
+                        help="of an image (default: %(default)s)")
     args = parser.parse_args(argv)
     import_pycolmap()
     out, info = Path(args.out), load_scene_info(args.scene_info)
     check_folder(out)
-    chosen = [i for i in range(len(info["image_paths"])) if info["image_paths"][i] is not None][::args.every]
+    chosen = [i for i in range(len(info["image_paths"])) if info["poses"][i] is not None][::args.every]
     names = [str(info["image_paths"][i]) for i in chosen]
     poses = {name: info["poses"][i] for name, i in zip(names, chosen)}
     K = {name: colmap_to_opencv_K(info["intrinsics"][i]) for name, i in zip(names, chosen)}
@@ -127,7 +130,7 @@ def main(argv=None) -> int:
         failed += skipped
         if not skipped:
             write_json(file, {**asked, "row": rows[method]})
-    print(f"{len(names)} images, {len(list(itertools.combinations(names, 2)))} pairs")
+    print(f"{len(names)} images, {math.comb(len(names), 2)} pairs")
     print(format_table(rows))
     return report_skipped(failed, "images or pairs")
 

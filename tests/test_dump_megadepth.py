@@ -24,7 +24,7 @@ from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
 from dump import features, workers
 from dump.dump_megadepth import dump_megadepth, dump_scene, main
-from dump.keypoints import ImageTask, recipe_of
+from dump.keypoints import ImageTask, Recipe
 from dump.matches import match_pairs
 from dump.verify import verify_dump
 from tools.cli import InputError, run
@@ -34,7 +34,7 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
-from tools.processes import in_order
+from tools.processes import in_order, worker_pool
 from tools.records import read_record, write_record
 from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
@@ -72,8 +72,8 @@ def out(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "spoilt")
 
 
-def dump(base, out, *more):
-    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *more])
+def dump(base, out, *options):
+    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *options])
 
 
 def change_info(base, scene="0000", **changes):
@@ -193,7 +193,7 @@ def test_network(pristine, tmp_path, monkeypatch):
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
     monkeypatch.setattr(features, "build_extractor", Network)
-    recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
+    recipe = Recipe("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
     assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
     assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True,
                               "device": "cpu"})]
@@ -205,11 +205,11 @@ def test_network(pristine, tmp_path, monkeypatch):
 
 # interruption
 
-def start(base, out, *more):
+def start(base, out, *options):
     """The command in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "dump.dump_megadepth", "--base_path", base, "--save_path", out,
-                             *ARGUMENTS, *more], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+                             *ARGUMENTS, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def wait_for_records(process, out, n):
@@ -339,7 +339,7 @@ def test_lock_is_not_held_on_a_file_that_was_removed(tmp_path):
 
 
 def test_file_system_without_locks(pristine, finished, tmp_path, monkeypatch, capsys):
-    def no_locks(file, how):
+    def no_locks(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert dump(pristine, tmp_path / "out") == 0
@@ -478,7 +478,7 @@ def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
     features = Features(*(rng.random(shape, np.float32) for shape in ((4096, 2), 4096, (4096, 256))), (1600, 1200))
     paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
              ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
-    task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
+    task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", Recipe("spp"))
     assert task.finish((None, np.ones((1200, 1600), np.float32)), features)
     assert task.record_path.stat().st_size <= 2.3e6
     record = read_record(task.record_path)
@@ -506,7 +506,7 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     for path, copy in zip(list(info["image_paths"]) * 4, larger["image_paths"]):
         shutil.copyfile(tmp_path / "base" / path, tmp_path / "base" / copy)
     write_scene_info(tmp_path / "base" / "scene_info" / "16.0.npz", larger)
-    recipe = recipe_of("sift", 50, max_keypoints=100)
+    recipe = Recipe("sift", 50, max_keypoints=100)
     for n in (4, 4, 16):  # the first time, things are set up that stay
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         tracemalloc.start()
@@ -676,7 +676,7 @@ def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
 
 def test_workers_take_one_core_and_may_die():
     """They leave Ctrl-C to their parent, and one that is killed ends the work with one line."""
-    with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
+    with pytest.raises(InputError, match="a worker was killed"), worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
         list(in_order(pool, os._exit, [1, 1], ahead=2))
@@ -708,7 +708,7 @@ def test_unknown_scene(pristine, tmp_path, capsys):
 
 def test_setting_of_another_feature():
     with pytest.raises(InputError, match="contrast_threshold is not a setting of spp"):
-        recipe_of("spp", contrast_threshold=0.1)
+        Recipe("spp", contrast_threshold=0.1)
 
 
 def test_no_workers(pristine, tmp_path, capsys):

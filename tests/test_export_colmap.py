@@ -13,20 +13,26 @@ from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, rend
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from eval import export_colmap
+from eval import export_colmap, sfm_table
 from eval.colmap_database import Database
 from eval.export_colmap import nearest_pairs
 from eval.image_matcher import ImageMatcher
 from tools.cli import run
-from tools.files import read_image, write_image
-from tools.geometry import colmap_to_opencv_K, essential_matrix, make_pose, relative_pose
+from tools.covisibility import scene_info_from_depth
+from tools.files import read_image, read_json, write_image
+from tools.geometry import colmap_to_opencv_K, essential_matrix, make_pose, opencv_to_colmap_K, relative_pose
 from tools.metrics import pose_error
 from tools.pair_list import Pair, write_pair_list
+from tools.scene_info import write_scene_info
 
 pycolmap = pytest.importorskip("pycolmap")
 KINDS = pycolmap.TwoViewGeometryConfiguration
 SETTINGS = {"matching_method": "NN_ratio", "feature_type": "sift", "max_keypoints": 400}
 RATIO = [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+
+
+WALK = [make_pose(Rotation.from_rotvec([0, 5 * i, 0], degrees=True).as_matrix(), [-0.45 * i, 0.1 * (i % 2), 0])
+        for i in range(5)]
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +162,19 @@ def test_keypoints_are_those_of_the_image_as_stored(photos, tmp_path):
         assert (camera.width, camera.height) == (240, 320) and keypoints[:, 1].max() > 250
 
 
-def test_a_turn_on_the_spot_is_panoramic(scene, tmp_path):
+def write_images(folder, poses) -> list[np.ndarray]:
+    """Render the scene from world-to-camera poses into 0.png, 1.png, ...; returns the depth maps."""
     rng = np.random.default_rng(0)
     textures = [texture(rng, 1320, 1100), texture(rng, 198, 286)]
+    views = [render(textures, CAMERAS[0], pose, SIZES[0]) for pose in poses]
+    for i, (image, _) in enumerate(views):
+        write_image(folder / f"{i}.png", image)
+    return [depth for _, depth in views]
+
+
+def test_a_turn_on_the_spot_is_panoramic(scene, tmp_path):
     poses = [np.eye(4), make_pose(Rotation.from_rotvec([2, 8, 3], degrees=True).as_matrix(), [0, 0, 0])]
-    for i, pose in enumerate(poses):
-        write_image(tmp_path / "images" / f"{i}.png", render(textures, CAMERAS[0], pose, SIZES[0])[0])
+    write_images(tmp_path / "images", poses)
     assert command(tmp_path / "images", tmp_path / "out", *RATIO, "--K", 300, 306, 159.5, 119.5) == 0
     with Database(tmp_path / "out/database.db") as database:
         geometry = database.db.read_two_view_geometry(1, 2)
@@ -192,7 +205,7 @@ def test_pairs_of_neighbours_and_of_similar_images(tmp_path):
 DIES = """
 import os, signal, sys
 from contextlib import suppress
-from eval import export_colmap
+from eval import export_colmap, sfm_table
 from eval.colmap_database import Database
 
 method, count = sys.argv[1], int(sys.argv[2])
@@ -312,12 +325,7 @@ def test_descriptors_of_another_kind_are_named(scene, tmp_path, capsys):
 # models
 
 def test_a_model_comes_out(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    textures = [texture(rng, 1320, 1100), texture(rng, 198, 286)]
-    poses = [make_pose(Rotation.from_rotvec([0, 5 * i, 0], degrees=True).as_matrix(), [-0.45 * i, 0.1 * (i % 2), 0])
-             for i in range(5)]
-    for i, pose in enumerate(poses):
-        write_image(tmp_path / "images" / f"{i}.png", render(textures, CAMERAS[0], pose, SIZES[0])[0])
+    write_images(tmp_path / "images", WALK)
     options = tmp_path / "images", tmp_path / "out", "--map", "--K", 300, 306, 159.5, 119.5, *RATIO
     assert command(*options) == 0
     said = capsys.readouterr().out
@@ -325,7 +333,7 @@ def test_a_model_comes_out(tmp_path, capsys):
     assert model.num_reg_images() == 5 and f"{model.num_points3D():d}" in said
     centers = {image.name: image.projection_center() for image in model.images.values()}
     there = np.array([centers[f"{i}.png"] for i in range(5)])
-    true = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])
+    true = np.array([np.linalg.inv(pose)[:3, 3] for pose in WALK])
     sim3d = pycolmap.estimate_sim3d(there, true)
     assert np.linalg.norm(np.array([sim3d * point for point in there]) - true, axis=1).max() < 0.05
 
@@ -336,6 +344,28 @@ def test_a_model_comes_out(tmp_path, capsys):
     (tmp_path / "out/models.json").unlink()
     assert command(*options) == 0
     assert (tmp_path / "out/0/points3D.bin").read_bytes() == made
+
+
+def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
+    poses = list(WALK)
+    names, depths = [f"images/{i}.png" for i in range(5)], write_images(tmp_path / "images", poses)
+    K = opencv_to_colmap_K(CAMERAS[0])
+    # the last pose of the ground truth is wrong, so that the four pairs with that image are
+    poses[4] = make_pose(Rotation.from_rotvec([40, 0, 0], degrees=True).as_matrix(), poses[4][:3, 3])
+    write_scene_info(tmp_path / "scene.npz", scene_info_from_depth(names, names, [K] * 5, poses, depths.__getitem__,
+                                                                   progress=False))
+    words = [tmp_path / "scene.npz", tmp_path, tmp_path / "out", "--methods", "NN_ratio", "--max_keypoints", 400]
+    assert run(sfm_table.main, [str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    row = read_json(tmp_path / "out/NN_ratio/table.json")["row"]
+    assert row["verified"] > row["wrong"] == row["wrong_rotation"] >= 3
+    assert row["images"] == 5 and row["seconds"] > 0
+    assert row["center_error"] > 0.05  # the wrong pose draws all of them along
+    assert f"| NN_ratio | {row['verified']} | {row['wrong']} |" in said
+
+    monkeypatch.setattr(sfm_table, "run_method", None)  # what is there is not run again
+    assert run(sfm_table.main, [str(word) for word in words]) == 0
+    assert capsys.readouterr().out.endswith(said[said.index("5 images, 10 pairs\n"):])
 
 
 def test_no_model_is_said(photos, tmp_path, capsys):
