@@ -4,6 +4,7 @@
 started. Each of the five imports this module first: the others then come from where it lies.
 """
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -41,20 +42,6 @@ def _run(module: str) -> int:
     return run(import_module(module).main)
 
 
-def match() -> int:
-    return _run("eval.match_images")
-
-
-def evaluate() -> int:
-    return _run("eval.eval_imp")
-
-
-def dump() -> int:
-    return _run("dump.dump_megadepth")
-
-
-def train() -> int:
-    return _run("train")
-
-
+match, evaluate, dump, train = (partial(_run, module) for module in (
+    "eval.match_images", "eval.eval_imp", "dump.dump_megadepth", "train"))
 _claim_names()

@@ -13,18 +13,15 @@ def add_common_options(parser) -> None:
     parser.add_argument("--verify", action="store_true", help="only read again what was written")
 
 
-def _system_message(error: OSError) -> str:
-    """What the system said, without HDF5's account of its own functions."""
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
 @contextlib.contextmanager
-def writing(target):
+def writing(target, after: str = "what is done is kept"):
     """What keeps the block from writing, a full disk for one, ends the command in one line that names `target`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {target}: {_system_message(error)}; what is done is kept") from None
+        # without HDF5's account of its own functions
+        message = os.strerror(error.errno) if error.errno else str(error)
+        raise InputError(f"cannot write {target}: {message}; {after}") from None
 
 
 def finish_report(path, report: dict) -> None:
@@ -33,10 +30,8 @@ def finish_report(path, report: dict) -> None:
         ("images_per_second", 2, "images/s"), ("pairs_per_second", 1, "pairs/s"),
         ("megabytes_per_image", 2, "MB an image"), ("peak_memory_mb", 0, "MB of memory")) if report[name] is not None))
     if path:
-        try:
+        with writing(f"--report {path}", "all else is done"):
             write_json(path, report)
-        except OSError as error:
-            raise InputError(f"cannot write --report {path}: {_system_message(error)}; all else is done") from None
 
 
 def report_verified(n: int, problems: list, kind: str) -> int:

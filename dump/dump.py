@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import errno
 import json
+import re
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from dump.command import add_common_options, finish_report, report_verified, wri
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
 from dump.verify import verify_eval
-from dump.workers import available_cores, parse_shard, stop_on_sigterm, under_torchrun, wait_for_all, worker_pool
+from dump.workers import available_cores, parse_shard, stop_on_sigterm, under_torchrun, wait_for_all
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at
@@ -47,7 +48,7 @@ from tools.geometry import essential_matrix, relative_pose, resize_keypoints
 from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.original import from_dump_config, is_dump_config
-from tools.processes import peak_memory_mb
+from tools.processes import peak_memory_mb, worker_pool
 from tools.records import Field, read_record, write_record
 
 FORMAT = "imp-eval"
@@ -93,20 +94,15 @@ def load_config(path, arguments: list[str]) -> dict:
     for key, known in (("dataset", ("yfcc", "scannet")), ("feature_type", tuple(FEATURE_TYPES))):
         if config[key] not in known:
             raise InputError(f"{key} {config[key]!r} is unknown: known are {', '.join(known)}")
-    needed = ["raw_data_dir", "output"] + (["pair_list"] if config["dataset"] == "scannet" else [])
-    for key in needed:
-        if not config[key]:
+    for key in ("raw_data_dir", "output", "pair_list"):
+        if not config[key] and (key != "pair_list" or config["dataset"] == "scannet"):
             raise InputError(f"{key} is not set: give it in {path} or as --{key}")
     if not all(isinstance(scene, str) for scene in config["scenes"]):
         raise InputError(f"scenes {config['scenes']}: expected names; put quotes round a name of digits")
-    try:  # YAML writers write 1600.0 or "1600", too
-        sides = [float(side) for side in config["resize"]]
-        good = len(sides) <= 2 and all(0 < side == int(side) for side in sides)
-    except (TypeError, ValueError, OverflowError):
-        good = False
-    if not good:
-        raise InputError(f"resize {config['resize']}: expected nothing, [longer side] or [width, height] in pixels")
-    config["resize"] = [int(side) for side in sides]
+    sides = config["resize"]  # YAML writers write 1600.0 or "1600", too
+    if len(sides) > 2 or not all(re.fullmatch(r"[1-9]\d{0,8}(\.0)?", str(side)) for side in sides):
+        raise InputError(f"resize {sides}: expected nothing, [longer side] or [width, height] in pixels")
+    config["resize"] = [int(float(side)) for side in sides]
     config["workers"] = config["workers"] or available_cores()
     config["extractor"] = FEATURE_TYPES[config["feature_type"]].eval_settings
     for nested, source in extractor_values:
@@ -146,16 +142,16 @@ class ViewTask:
         if size != (w, h):
             # linear, also when shrinking: what the published results were made with
             image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-        depth = depth_problem = None
-        paths = [path for path in self.view.depth_paths if below(self.raw_data_dir, path).exists()]
-        if paths:
-            try:
-                depth = read_depth(below(self.raw_data_dir, paths[0]))
-                if not depth.size or abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
-                    raise InputError(f"depth map {paths[0]} is of another shape than its image")
-            except Exception as error:
-                depth, depth_problem = None, reason(error)
-        return image, (w, h), depth, depth_problem
+        depth_path = next((path for path in self.view.depth_paths if below(self.raw_data_dir, path).exists()), None)
+        if depth_path is None:
+            return image, (w, h), None, None
+        try:
+            depth = read_depth(below(self.raw_data_dir, depth_path))
+            if not depth.size or abs(depth.shape[1] / depth.shape[0] / (w / h) - 1) > MAX_ASPECT_DIFFERENCE:
+                raise InputError(f"depth map {depth_path} is of another shape than its image")
+            return image, (w, h), depth, None
+        except Exception as error:
+            return image, (w, h), None, reason(error)
 
     def finish(self, loaded: tuple, features: Features) -> bool:
         image, (w, h), depth, depth_problem = loaded
@@ -174,7 +170,7 @@ class ViewTask:
 
 def _extract(views, config, parts, recipe, shard) -> tuple[dict, dict, int]:
     """Make the parts that are missing -> {view: its part}, {view that cannot be used: why}, how many were made."""
-    tasks, unusable = [], {}
+    tasks, made, unusable = [], {}, {}
     for view in views:
         try:
             view.check_name()
@@ -184,9 +180,13 @@ def _extract(views, config, parts, recipe, shard) -> tuple[dict, dict, int]:
             unusable[view] = str(error)
     with worker_pool(config["workers"]) as pool:
         outcomes, n_missing = extract_missing(tasks, recipe, PART_FIELDS, pool, config["workers"], shard)
-    made = {task.view: task.record_path for task in tasks if outcomes.get(task.record_path) is True}
-    return made, unusable | {task.view: outcome for task in tasks
-                             if isinstance(outcome := outcomes.get(task.record_path), str)}, n_missing
+    for task in tasks:
+        outcome = outcomes.get(task.record_path)  # None: of another shard
+        if outcome is True:
+            made[task.view] = task.record_path
+        elif outcome:
+            unusable[task.view] = outcome
+    return made, unusable, n_missing
 
 
 def _read_finished(path, settings) -> dict:
@@ -233,11 +233,11 @@ def _join(output, config, settings, pairs, parts, unusable) -> tuple[dict, list]
             except Exception as error:
                 unusable[view] = reason(error)
                 continue
-            depth_problem = part.pop("depth_problem")
-            if depth_problem:
-                depth_problems.append((view.image_path, depth_problem))
-            for name in sorted(part, key=("kpt", "desc", "size", "depth").index):
-                file[f"images/{view.image_path}/{name}"] = part[name]
+            if part["depth_problem"]:
+                depth_problems.append((view.image_path, part["depth_problem"]))
+            for name in ("kpt", "desc", "size", "depth"):
+                if name in part:
+                    file[f"images/{view.image_path}/{name}"] = part[name]
         good = [pair for pair in pairs if not unusable.keys() & set(pair)]
         if not good:
             raise InputError(f"none of {len(pairs)} pairs in {config['raw_data_dir']} can be used"

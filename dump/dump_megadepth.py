@@ -29,21 +29,12 @@ from dump.features import extract_missing, extractor
 from dump.keypoints import ImageTask, Recipe, recipe_of
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
 from dump.verify import verify_dump
-from dump.workers import (
-    add_scene_shard,
-    available_cores,
-    deal,
-    each_scene,
-    parse_shard,
-    stop_on_sigterm,
-    wait_for_all,
-    worker_pool,
-)
+from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
 from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
-from tools.files import check_folder, read_lines, write_json
-from tools.manifest import claim, keypoint_path, lock_path, match_path, read_scene, scene_path
-from tools.processes import peak_memory_mb
+from tools.files import read_lines, write_json
+from tools.manifest import claim, keypoint_path, match_path, read_scene, scene_path
+from tools.processes import peak_memory_mb, worker_pool
 from tools.records import KEYPOINT_FIELDS
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 
@@ -57,35 +48,27 @@ def dump_megadepth(base_path, save_path, recipe: Recipe, scenes=None, workers: i
     """
     if not Path(base_path).is_dir():
         raise InputError(f"--base_path {base_path} is not a folder")
-    check_folder(save_path)
     files = list_scenes(base_path, scenes)
     extractor(*recipe.extraction)  # bad settings must stop here, not in each scene
     claim(save_path, recipe.manifest())
-    results, skipped, work = {}, [], Counter()
-
-    def process(scene):
-        if _is_complete(save_path, scene):
-            return read_scene(save_path, scene)
-        return dump_scene(scene, files[scene], base_path, save_path, recipe, pool, workers, work)
-
+    work = Counter()
     with worker_pool(workers) as pool:
-        for scene, counts, problem in each_scene(
-                deal(files, shard), lambda scene: lock_path(save_path, scene), f"of {save_path}", process):
-            if problem:
-                skipped.append((f"scene {scene}", problem))
-            else:
-                results[scene] = counts
-                skipped += [(f"{scene} {name}", reason) for name, reason in counts["skipped"]]
+        results, failed = run_scenes(deal(files, shard), save_path, lambda scene: (
+            _finished(save_path, scene)
+            or dump_scene(scene, files[scene], base_path, save_path, recipe, pool, workers, work)))
+    skipped = [(f"scene {scene}", problem) for scene, problem in failed]
+    skipped += [(f"{scene} {name}", problem) for scene in results for name, problem in results[scene]["skipped"]]
     return {"scenes": results, "skipped": skipped, "work": work}
 
 
-def _is_complete(save_path, scene) -> bool:
-    """Whether a scene was finished and none of its records has been deleted since."""
+def _finished(save_path, scene) -> dict | None:
+    """The counts of a scene that was finished, and of which no record has been deleted since."""
     if not scene_path(save_path, scene).is_file():
-        return False
+        return None
     counts = read_scene(save_path, scene)
     n_images = len(list((Path(save_path) / "keypoints" / scene).glob("[!.]*.npy")))
-    return n_images >= counts["images"] and len(match_numbers(save_path, scene)) >= counts["pairs"]
+    is_whole = n_images >= counts["images"] and len(match_numbers(save_path, scene)) >= counts["pairs"]
+    return counts if is_whole else None
 
 
 def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool=None, workers: int = 1,
@@ -116,9 +99,9 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
 
     outcomes = {i: outcomes[task.record_path] for i, task in tasks.items()}  # True, False or a reason
     kept = [i for i, outcome in outcomes.items() if outcome is True]
-    good = np.isin(pairs, kept).all(axis=1)
-    usable = pairs[good]
-    n_valid, n_tried = write_matches(save_path, scene, usable, overlap[good], tasks, pool, workers)
+    is_usable = np.isin(pairs, kept).all(axis=1)
+    usable = pairs[is_usable]
+    n_valid, n_tried = write_matches(save_path, scene, usable, overlap[is_usable], tasks, pool, workers)
     pair_seconds = time.perf_counter() - matching_started
     print(f", {n_tried} pairs in {pair_seconds:.1f} s, {n_valid} valid")
     if work is not None:
@@ -129,10 +112,7 @@ def dump_scene(scene: str, info_path, base_path, save_path, recipe: Recipe, pool
     few_with_depth = int(np.isin(usable, without_depth).any(axis=1).sum())
     keypoint_bytes = sum(tasks[i].record_path.stat().st_size for i in kept)
     counts = {
-        "pairs": n_valid,
-        "images": len(kept),
-        "candidate_pairs": len(pairs),
-        "candidate_images": len(tasks),
+        "pairs": n_valid, "images": len(kept), "candidate_pairs": len(pairs), "candidate_images": len(tasks),
         "few_keypoints": sum(outcome is False for outcome in outcomes.values()),
         "rejected": {"image_left_out": len(pairs) - len(usable), "few_keypoints_with_depth": few_with_depth,
                      "few_matches": len(usable) - few_with_depth - n_valid},
@@ -165,8 +145,7 @@ def make_report(summary: dict, seconds: float, workers: int) -> dict:
         print(f"{total['few_keypoints']} images have fewer keypoints than --min_keypoints")
     for reason, n in rejected.items():
         print(f"pairs rejected, {reason.replace('_', ' ')}: {n}")
-    empty = [scene for scene, counts in scenes.items() if not counts["pairs"]]
-    if empty:
+    if empty := [scene for scene, counts in scenes.items() if not counts["pairs"]]:
         print(f"{len(empty)} scenes have no valid pair: {', '.join(empty)}")
     return {
         "images": total["images"], "pairs_tried": total["candidate_pairs"], "pairs": total["pairs"],

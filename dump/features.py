@@ -89,12 +89,9 @@ def batches_of(tasks: list, recipe: tuple, shard: tuple[int, int] | None = None)
     image. A batch has the same images whatever is done of them: this is why neither an interruption nor the number of
     shards changes a bit of the result.
     """
-    pixels = extractor(*recipe).batch_pixels
-    if not pixels:
-        return deal(([task] for task in tasks), shard)
-    by_size, batches = {}, []
+    pixels, by_size, batches = extractor(*recipe).batch_pixels, {}, []
     for task in tasks:
-        by_size.setdefault(task.image_size(), []).append(task)
+        by_size.setdefault(task.image_size() if pixels else None, []).append(task)
     for size, same in by_size.items():
         n = max(1, pixels // (size[0] * size[1])) if size else 1
         batches += [same[k:k + n] for k in range(0, len(same), n)]

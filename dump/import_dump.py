@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from dump.keypoints import write_keypoints
 from dump.matches import MIN_MATCHES
-from dump.workers import each_scene
+from dump.workers import run_scenes
 from tools.cli import InputError, reason, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import remove_strays, write_json
-from tools.manifest import FORMAT, VERSION, claim, keypoint_path, lock_path, match_path, read_scene, scene_path
+from tools.manifest import FORMAT, VERSION, claim, keypoint_path, match_path, read_scene, scene_path
 from tools.records import KEYPOINT_FIELDS, read_record, write_record
 from tools.safe_pickle import load_npy, numbers
 from tools.scene_info import check_camera, check_name
@@ -75,7 +75,7 @@ def _match_record(old: dict, n_keypoints: dict[str, int]) -> dict:
         if n is None:
             raise InputError(f"the keypoints of {path} are missing or were left out")
         side = numbers(old[f"matched_ids{v}"], None, name=f"matched_ids{v}")
-        if len(side) and not (side.min() >= 0 and side.max() < n):
+        if not ((side >= 0) & (side < n)).all():
             raise InputError(f"matched_ids{v} name keypoints that {path}, of {n}, does not have")
         sides.append(side.astype(np.int32))
     if len(sides[0]) != len(sides[1]):
@@ -146,8 +146,8 @@ def import_scene(old, new, scene: str, feature_type: str, dtype: str) -> dict:
     return counts
 
 
-def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16") -> dict:
-    """Import a dump of the original -> {scene: counts as from import_scene, or {"failed": reason}}.
+def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16") -> tuple[dict, list]:
+    """Import a dump of the original -> {scene: counts as from import_scene}, and [(scene, why it is left out)].
 
     feature_type: None: the one that OLD has. InputError if OLD is not such a dump, or NEW was made by something else.
     """
@@ -160,14 +160,9 @@ def import_dump(old, new, feature_type: str | None = None, dtype: str = "float16
     claim(new, {"format": FORMAT, "version": VERSION, "feature_type": feature_type,
                 "settings": {**SETTINGS, "descriptor_dtype": dtype}})
     scenes = sorted(folder.name for folder in (Path(old) / f"keypoints_{feature_type}").iterdir() if folder.is_dir())
-
-    def process(scene):
-        if scene_path(new, scene).is_file():
-            return read_scene(new, scene)
-        return import_scene(old, new, scene, feature_type, dtype)
-
-    return {scene: counts or {"failed": problem} for scene, counts, problem in each_scene(
-        scenes, lambda scene: lock_path(new, scene), f"of {new}", process, remedy="wait for it")}
+    return run_scenes(scenes, new, lambda scene: (
+        read_scene(new, scene) if scene_path(new, scene).is_file()
+        else import_scene(old, new, scene, feature_type, dtype)), remedy="wait for it")
 
 
 def main(argv=None) -> int:
@@ -177,12 +172,11 @@ def main(argv=None) -> int:
     parser.add_argument("--feature_type", choices=("spp", "sift"), help="default: the one there is")
     parser.add_argument("--descriptor_dtype", choices=("float16", "float32"), default="float16")
     args = parser.parse_args(argv)
-    summary = import_dump(args.old, args.new, args.feature_type, args.descriptor_dtype)
-    done = [counts for counts in summary.values() if "failed" not in counts]
-    print(f"{len(done)} scenes, {sum(counts['images'] for counts in done)} images, "
-          f"{sum(counts['pairs'] for counts in done)} pairs in {args.new}")
-    skipped = [(f"scene {scene}", counts["failed"]) for scene, counts in summary.items() if "failed" in counts]
-    return report_skipped(skipped + [tuple(entry) for counts in done for entry in counts.get("skipped", [])],
+    scenes, failed = import_dump(args.old, args.new, args.feature_type, args.descriptor_dtype)
+    n_images, n_pairs = (sum(counts[name] for counts in scenes.values()) for name in ("images", "pairs"))
+    print(f"{len(scenes)} scenes, {n_images} images, {n_pairs} pairs in {args.new}")
+    skipped = [(f"scene {scene}", problem) for scene, problem in failed]
+    return report_skipped(skipped + [tuple(entry) for counts in scenes.values() for entry in counts["skipped"]],
                           "scenes, images or pairs")
 
 

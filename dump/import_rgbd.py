@@ -44,14 +44,10 @@ def import_rgbd(sequence_path, save_path, scene, first=None, last=None, eval_pai
                 max_rotation=50.0, min_overlap=0.3, seed=0, workers=1) -> list[tuple[str, str]]:
     """Bring one RGB-D sequence into the MegaDepth layout under `save_path`, as scene `scene`.
 
-    first, last: frame numbers, inclusive; by default all. eval_pairs: how many pairs of the ground-truth pair list to
-    draw, with a generator seeded by `seed`, among those turned by min_rotation..max_rotation degrees whose smaller
-    overlap is at least min_overlap; 0: no list. workers: threads that convert frames.
-
-    What exists is kept; scene_info is written last, so it says that the scene is whole, and describes the frames of
-    the latest run. Frames whose pose is not finite (tracking lost) are left out and counted. Returns (frame, reason)
-    of every other frame left out: a file is missing or unreadable, or depth and image differ in size. InputError if
-    nothing can be imported, or if the scene already holds images of another sequence.
+    Parameters as the options of the command. What exists is kept; scene_info is written last, so it says that the
+    scene is whole, and describes the frames of the latest run. Frames whose pose is not finite (tracking lost) are left
+    out and counted. Returns (frame, reason) of every other frame left out. InputError if nothing can be imported, or if
+    the scene already holds images of another sequence.
     """
     sequence_path, save_path = Path(sequence_path), Path(save_path)
     if not re.fullmatch(r"\w[\w.-]*", scene):
@@ -120,8 +116,8 @@ def list_frames(sequence_path: Path, first=None, last=None) -> list[str]:
 
 
 def find_color(sequence_path: Path, name: str) -> Path | None:
-    return next((path for suffix in ("jpg", "png")
-                 if (path := sequence_path / f"{name}.color.{suffix}").is_file()), None)
+    paths = [sequence_path / f"{name}.color.{suffix}" for suffix in ("jpg", "png")]
+    return next(filter(Path.is_file, paths), None)
 
 
 def import_frame(name: str, sequence_path: Path, save_path: Path, images: Path, depths: Path) -> Frame | str | None:
@@ -163,12 +159,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def existing_scene_info(path: Path, frames: list[Frame], K: np.ndarray) -> dict | None:
     """The scene_info file of an earlier run if it describes these very frames, else None. K: COLMAP's convention."""
-    if not path.is_file():
-        return None
-    info = load_scene_info(path)
-    same = (list(info["image_paths"]) == [frame.image_path for frame in frames]
-            and all(np.array_equal(K, other) for other in info["intrinsics"])
-            and all(np.array_equal(frame.pose, pose) for frame, pose in zip(frames, info["poses"])))
+    info = load_scene_info(path) if path.is_file() else {"image_paths": []}
+    same = list(info["image_paths"]) == [frame.image_path for frame in frames] and all(
+        np.array_equal(K, other) and np.array_equal(frame.pose, pose)
+        for frame, other, pose in zip(frames, info["intrinsics"], info["poses"]))
     return info if same else None
 
 

@@ -17,22 +17,22 @@ from tqdm import tqdm
 
 from dump.scenes.render import Atlas, Rectangles, render
 from dump.scenes.world import build_world, place_cameras
-from dump.workers import available_cores, stop_on_sigterm, worker_pool
+from dump.workers import available_cores, stop_on_sigterm
 from tools.cli import InputError, run
 from tools.covisibility import scene_info_from_depth
 from tools.files import (
-    atomic_path,
     check_folder,
-    hdf5_image,
     read_json,
     remove_strays,
+    write_bytes,
     write_depth,
+    write_hdf5,
     write_image,
     write_json,
 )
 from tools.geometry import opencv_to_colmap_K
 from tools.manifest import check_fields, check_settings
-from tools.processes import in_order
+from tools.processes import in_order, worker_pool
 from tools.scene_info import write_scene_info
 
 VERSION = 1  # of what is drawn: other pictures for the same settings need another number
@@ -55,11 +55,6 @@ def choose_pairs(rng, overlap, n) -> list[tuple[int, int]]:
         turns[shuffled[bins[shuffled] == b]] = np.arange(np.sum(bins == b))
     chosen = np.lexsort((bins, turns))[:n]
     return sorted((int(a), int(b)) for a, b in zip(i[chosen], j[chosen]))
-
-
-def write_bytes(path, data: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def write_lines(path, lines) -> None:
@@ -87,9 +82,8 @@ def write_view(save_path, layout, scene, i, image, depth, K, pose) -> None:
         write_image(test / "images" / f"{i:04d}.jpg", image)
         write_depth(test / "depths" / f"{i:04d}.h5", depth)
         size = np.array([image.shape[1::-1]], np.float64)
-        values = {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": size}
-        write_bytes(test / "calibration" / f"calibration_{i:04d}.h5", hdf5_image(
-            lambda file: [file.create_dataset(name, data=value) for name, value in values.items()]))
+        write_hdf5(test / "calibration" / f"calibration_{i:04d}.h5",
+                   {"K": K, "R": pose[:3, :3], "T": pose[:3, 3], "imsize": size})
     else:
         folder = save_path / layout / f"scene{scene}_00"
         write_image(folder / "img" / f"{i}.jpg", image)
@@ -115,8 +109,8 @@ def make_scene(number, save_path, images_per_scene, size, seed, photographs, lay
             write_view(save_path, layout, scene, i, image, depth, K, pose)
 
     image_paths, depth_paths = zip(*(megadepth_paths(scene, i) for i in range(images_per_scene)))
-    info = scene_info_from_depth(image_paths, depth_paths, [opencv_to_colmap_K(K) for K, _ in cameras],
-                                 [pose for _, pose in cameras], depths.__getitem__, progress=False)
+    intrinsics, poses = zip(*((opencv_to_colmap_K(K), pose) for K, pose in cameras))
+    info = scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, depths.__getitem__, progress=False)
     chosen = choose_pairs(np.random.default_rng([seed, number, 0]), info["overlap_matrix"], pairs)
     if "yfcc" in layouts:
         raw = save_path / "yfcc" / "raw_data"

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dump.command import writing
-from dump.workers import add_scene_shard, available_cores, deal, each_scene, parse_shard, stop_on_sigterm, wait_for_all
+from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.extras import import_pycolmap
@@ -102,15 +102,13 @@ def usable_images(model, folder) -> tuple[list[str], list]:
     usable, skipped = [], []
     for image in model.images.values():
         try:
-            size = header_size(below(folder, image.name))
+            size, camera = header_size(below(folder, image.name)), (image.camera.width, image.camera.height)
+            if size == camera:
+                usable.append(image.name)
+            elif size:
+                raise InputError("the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera))
         except InputError as error:
             skipped.append((image.name, str(error)))
-            continue
-        camera = image.camera.width, image.camera.height
-        if size == camera:
-            usable.append(image.name)
-        elif size:
-            skipped.append((image.name, "the image is {}x{}, its COLMAP camera {}x{}".format(*size, *camera)))
     return usable, skipped
 
 
@@ -282,16 +280,11 @@ def preprocess_megadepth(base_path, scenes=None, workers: int = 1, shard=None) -
     for folder in ("Undistorted_SfM", "scene_info"):
         check_folder(Path(base_path, folder))
     scenes = tqdm(deal(found if scenes is None else scenes, shard), "scenes", unit="scene", disable=None)
-    complete, skipped = [], []
-    for scene, images, problem in each_scene(
-            scenes, lambda scene: Path(base_path, "Undistorted_SfM", f".{scene}.lock"), f"of {base_path}",
-            lambda scene: preprocess_scene(base_path, scene, workers), busy="another process is at"):
-        if problem:
-            skipped.append((scene, problem))
-        else:
-            complete.append(scene)
-            skipped += [(f"{scene} {name}", reason) for name, reason in images]
-    return complete, skipped
+    complete, skipped = run_scenes(
+        scenes, Path(base_path, "Undistorted_SfM"), lambda scene: preprocess_scene(base_path, scene, workers),
+        busy="another process is at")
+    return list(complete), skipped + [(f"{scene} {name}", reason)
+                                      for scene, images in complete.items() for name, reason in images]
 
 
 def main(argv=None) -> int:

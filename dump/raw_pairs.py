@@ -59,17 +59,16 @@ def _yfcc_pairs(raw_data_dir: Path, scene: str) -> list[tuple[View, View]]:
     path = next((path for path in lists if path.name == f"{scene}-te-1000-pairs.pkl"), lists[0])
     content = load_pickle(path)
     try:
-        numbers(content, None, 2)  # level by level: a list of a pickle may hold itself, which has no size
-        pairs = np.array(content).reshape(len(content), -1)
-    except Exception as error:  # ragged, for one
+        pairs = numbers(content, None, 2)
+        if (pairs % 1 != 0).any():
+            raise InputError("they are not whole")
+    except InputError as error:
         raise InputError(f"{path} is not a list of pairs of image numbers: {error}") from None
-    if len(content) and (pairs.dtype.kind not in "iu" or pairs.shape[1] != 2):
-        raise InputError(f"{path} is not a list of pairs of image numbers")
-    if len(content) and not 0 <= pairs.min() <= pairs.max() < len(images):
-        raise InputError(f"{path} names image {pairs.max() if pairs.min() >= 0 else pairs.min()} of {len(images)}")
+    for number in pairs[(pairs < 0) | (pairs >= len(images))][:1]:
+        raise InputError(f"{path} names image {number:g} of {len(images)}")
     views = [View(str(root / image), str(root / camera), (str(root / "depths" / f"{PurePosixPath(image).stem}.h5"),))
              for image, camera in zip(images, cameras)]
-    return [(views[i], views[j]) for i, j in pairs]
+    return [(views[i], views[j]) for i, j in pairs.astype(int)]
 
 
 def read_camera(dataset: str, raw_data_dir, view: View, image_size: tuple[int, int]):

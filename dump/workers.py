@@ -1,14 +1,12 @@
 """Work shared among processes, and among machines (--shard I/N, or torchrun's processes); the loop over scenes."""
-import contextlib
 import os
 import re
 import signal
 import time
-from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from tools.cli import InputError, reason
 from tools.locks import InUse, locked
-from tools.processes import WorkerPool
 
 
 def add_scene_shard(parser) -> None:
@@ -37,22 +35,22 @@ def deal(items, shard: tuple[int, int] | None) -> list:
     return list(items)[index::n]
 
 
-def each_scene(scenes, lock_path, place: str, process, busy: str = "another process writes",
-               remedy: str = "wait for it, or give each its own --shard"):
-    """Call process(scene) for each scene, locked: yield (scene, its result, None), or (scene, None, why it is skipped).
+def run_scenes(scenes, folder, process, busy: str = "another process writes",
+                   remedy: str = "wait for it, or give each its own --shard") -> tuple[dict, list]:
+    """Call process(scene) for each scene, with its lock in the folder: {scene: result}, [(scene, why it is skipped)].
 
-    lock_path: scene -> its lock file. place, busy, remedy: for the message of InUse if another process holds it.
+    busy, remedy: for the message of InUse if another process holds a lock.
     """
+    results, skipped = {}, []
     for scene in scenes:
-        result = problem = None
         try:
-            with locked(lock_path(scene), f"{busy} scene {scene} {place}: {remedy}"):
-                result = process(scene)
+            with locked(Path(folder) / f".{scene}.lock", f"{busy} scene {scene} of {folder}: {remedy}"):
+                results[scene] = process(scene)
         except InUse:
             raise
         except Exception as error:
-            problem = reason(error)
-        yield scene, result, problem
+            skipped.append((scene, reason(error)))
+    return results, skipped
 
 
 def wait_for_all(point: str) -> None:
@@ -74,28 +72,6 @@ def available_cores() -> int:
     """Cores that this process may use; under torchrun, its share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"] if under_torchrun() else 1))
-
-
-@contextlib.contextmanager
-def worker_pool(workers: int):
-    """A pool of `workers` processes, or None for one: then the work is done in the calling process.
-
-    When the block is left early, what has been started is finished and the rest is dropped. Raises InputError if a
-    worker was killed from outside.
-    """
-    if workers < 1:
-        raise InputError(f"--workers must be at least 1, not {workers}")
-    if workers == 1:
-        yield None
-        return
-    pool = WorkerPool(workers)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise InputError(f"a worker was killed (out of memory?): run again, with fewer --workers than {workers}; "
-                         "what is done is kept") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def stop_on_sigterm() -> None:

@@ -92,10 +92,9 @@ def assign(x0: Tensor, x1: Tensor, bin_score: Tensor, with_sinkhorn: bool, itera
         scores = torch.cat([inner, bin_score.expand(batch, n0, 1)], dim=2)
         scores = torch.cat([scores, bin_score.expand(batch, 1, n1 + 1)], dim=1)
 
-        ones = scores.new_ones(batch, 1)
-        rows = torch.cat([scores.new_ones(batch, n0) if keep0 is None else keep0.to(scores.dtype), ones], dim=1)
-        columns = torch.cat([scores.new_ones(batch, n1) if keep1 is None else keep1.to(scores.dtype), ones], dim=1)
         masked = keep0 is not None or keep1 is not None
+        rows, columns = (torch.cat([scores.new_ones(batch, n) if keep is None else keep.to(scores.dtype),
+                                    scores.new_ones(batch, 1)], dim=1) for n, keep in ((n0, keep0), (n1, keep1)))
         if masked:
             kept = rows.unsqueeze(-1) * columns.unsqueeze(-2)
             scores = scores.masked_fill(kept == 0, torch.finfo(scores.dtype).min)
@@ -105,8 +104,7 @@ def assign(x0: Tensor, x1: Tensor, bin_score: Tensor, with_sinkhorn: bool, itera
         if masked:
             p = p * kept
         if with_sinkhorn:
-            r = torch.cat([rows[:, :-1], rows.sum(dim=1, keepdim=True)], dim=1)
-            c = torch.cat([columns[:, :-1], columns.sum(dim=1, keepdim=True)], dim=1)
+            r, c = (torch.cat([ones[:, :-1], ones.sum(dim=1, keepdim=True)], dim=1) for ones in (rows, columns))
             p = sinkhorn(p, r, c, iterations)
         return p
 

@@ -9,30 +9,21 @@ from torch import Tensor
 N_HEADS = 4
 
 
-def _is_projection(name: str) -> bool:
-    """Whether a parameter's rows are channels of heads: queries, keys, values."""
-    return name.startswith("gnn.") and ".proj." in name
-
-
-def _is_merge(name: str) -> bool:
-    """Whether a parameter's columns are channels of heads."""
-    return name.endswith(".merge.weight")
+def _transpose_heads(name: str, value: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A parameter whose channels of heads, seen as a matrix of these sizes, are transposed; others as they are."""
+    if name.startswith("gnn.") and ".proj." in name:  # rows: channels of queries, keys, values
+        return value.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
+    if name.endswith(".merge.weight"):  # columns: channels of messages
+        return value.unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
+    return value
 
 
 def from_published(name: str, value: Tensor) -> Tensor:
     """A parameter in the published layout, or anything of its shape (Adam's moments), as it is held here."""
-    value = value.squeeze(-1) if value.ndim == 3 else value
-    if _is_projection(name):
-        return value.unflatten(0, (-1, N_HEADS)).transpose(0, 1).flatten(0, 1)
-    if _is_merge(name):
-        return value.unflatten(1, (-1, N_HEADS)).transpose(1, 2).flatten(1, 2)
-    return value
+    return _transpose_heads(name, value.squeeze(-1) if value.ndim == 3 else value, (-1, N_HEADS))
 
 
 def to_published(name: str, value: Tensor) -> Tensor:
     """The inverse of `from_published`."""
-    if _is_projection(name):
-        value = value.unflatten(0, (N_HEADS, -1)).transpose(0, 1).flatten(0, 1)
-    elif _is_merge(name):
-        value = value.unflatten(1, (N_HEADS, -1)).transpose(1, 2).flatten(1, 2)
+    value = _transpose_heads(name, value, (N_HEADS, -1))
     return value.unsqueeze(-1) if value.ndim == 2 else value

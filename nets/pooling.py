@@ -15,9 +15,10 @@ def keep_mask(assignment: Tensor, mass_self: Tensor, mass_cross: Tensor, thresho
         active = torch.ones_like(mass_self, dtype=torch.bool)
     matched = (assignment[:, :-1, :-1].sum(dim=2) >= threshold) & active
     keep = matched
+    middle = (matched.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
     for mass in (mass_self, mass_cross):
-        # nanmedian is the lower median, of the matched ones alone
-        median = mass.masked_fill(~matched, torch.nan).nanmedian(dim=1, keepdim=True).values
+        # the lower median of the matched ones; not nanmedian, which ONNX lacks
+        median = mass.masked_fill(~matched, torch.inf).sort(dim=1).values.gather(1, middle)
         keep = keep | (mass >= median)
     keep_all = (active.sum(dim=1, keepdim=True) <= n_min_tokens) | ~matched.any(dim=1, keepdim=True)
     return (keep | keep_all) & active

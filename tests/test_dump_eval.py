@@ -79,8 +79,8 @@ def arguments(raw, output, dataset="yfcc", **values):
     return ["--config", str(path), "--workers", "1"]
 
 
-def dump(raw, output, *more, **values):
-    return run(main, [*arguments(raw, output, **values), *more])
+def dump(raw, output, *options, **values):
+    return run(main, [*arguments(raw, output, **values), *options])
 
 
 @pytest.fixture(scope="session")

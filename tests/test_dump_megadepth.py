@@ -34,7 +34,7 @@ from tools.files import header_size, read_image, write_depth, write_image
 from tools.geometry import opencv_to_colmap_K
 from tools.locks import InUse, locked
 from tools.manifest import keypoint_path, load_dump, match_path
-from tools.processes import in_order
+from tools.processes import in_order, worker_pool
 from tools.records import read_record, write_record
 from tools.scene_info import candidate_pairs, load_scene_info, write_scene_info
 
@@ -72,8 +72,8 @@ def out(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "spoilt")
 
 
-def dump(base, out, *more):
-    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *more])
+def dump(base, out, *options):
+    return run(main, ["--base_path", str(base), "--save_path", str(out), "--workers", "1", *ARGUMENTS, *options])
 
 
 def change_info(base, scene="0000", **changes):
@@ -205,11 +205,11 @@ def test_network(pristine, tmp_path, monkeypatch):
 
 # interruption
 
-def start(base, out, *more):
+def start(base, out, *options):
     """The command in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "dump.dump_megadepth", "--base_path", base, "--save_path", out,
-                             *ARGUMENTS, *more], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+                             *ARGUMENTS, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def wait_for_records(process, out, n):
@@ -339,7 +339,7 @@ def test_lock_is_not_held_on_a_file_that_was_removed(tmp_path):
 
 
 def test_file_system_without_locks(pristine, finished, tmp_path, monkeypatch, capsys):
-    def no_locks(file, how):
+    def no_locks(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert dump(pristine, tmp_path / "out") == 0
@@ -676,7 +676,7 @@ def test_gpus_are_dealt_to_the_processes_of_torchrun(monkeypatch):
 
 def test_workers_take_one_core_and_may_die():
     """They leave Ctrl-C to their parent, and one that is killed ends the work with one line."""
-    with pytest.raises(InputError, match="a worker was killed"), workers.worker_pool(2) as pool:
+    with pytest.raises(InputError, match="a worker was killed"), worker_pool(2) as pool:
         assert pool.submit(cv2.getNumThreads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
         list(in_order(pool, os._exit, [1, 1], ahead=2))

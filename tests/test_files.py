@@ -17,7 +17,6 @@ from tools.files import (
     check_file,
     check_folder,
     hdf5_array,
-    hdf5_image,
     hdf5_text,
     open_hdf5,
     read_depth,
@@ -25,6 +24,7 @@ from tools.files import (
     read_json,
     read_lines,
     read_text,
+    write_hdf5,
     write_json,
 )
 
@@ -231,9 +231,9 @@ def test_hdf5_reads_nothing_outside_the_file_and_believes_no_header(tmp_path):
         pass
 
 
-def test_hdf5_in_memory_is_the_file(tmp_path):
+def test_hdf5_is_read_as_written(tmp_path):
     path = tmp_path / "a.h5"
-    path.write_bytes(hdf5_image(lambda file: file.create_dataset("x", data=np.arange(3))))
+    write_hdf5(path, {"x": np.arange(3)})
     with open_hdf5(path) as file:
         np.testing.assert_array_equal(hdf5_array(file, "x"), [0, 1, 2])
 

@@ -1,4 +1,5 @@
 """LightGlue as a matcher of the loop: the same matches as kornia's own, and what the loop asks of a network."""
+import copy
 import json
 
 import cv2
@@ -52,21 +53,20 @@ def lightglue():
     return LightGlue("aliked")
 
 
-def kornia_forward(network, data, depth_confidence, width_confidence):
-    conf = network.conf
-    before = conf.depth_confidence, conf.width_confidence
-    conf.depth_confidence, conf.width_confidence = depth_confidence, width_confidence
-    try:
-        with torch.no_grad():
-            return network({f"image{v}": {"keypoints": data[f"keypoints{v}"], "descriptors": data[f"descriptors{v}"],
-                                          "image_size": data[f"image_size{v}"]} for v in "01"})
-    finally:
-        conf.depth_confidence, conf.width_confidence = before
+def kornia_forward(network, data, depth_confidence):
+    """What kornia's own LightGlue finds without pruning, with its own cross-attention."""
+    network = copy.deepcopy(network)
+    network.conf.depth_confidence, network.conf.width_confidence = depth_confidence, -1
+    for layer in network.transformers:
+        del layer.cross_attn.forward
+    with torch.no_grad():
+        return network({f"image{v}": {"keypoints": data[f"keypoints{v}"], "descriptors": data[f"descriptors{v}"],
+                                      "image_size": data[f"image_size{v}"]} for v in "01"})
 
 
 def test_last_layer_is_kornias_forward(lightglue, pairs):
     for data in pairs:
-        expected = kornia_forward(lightglue.network, data, -1, -1)
+        expected = kornia_forward(lightglue.network, data, -1)
         found = lightglue(data)
         assert expected["stop"] == lightglue.n_layers == 9
         for v in "01":
@@ -74,7 +74,7 @@ def test_last_layer_is_kornias_forward(lightglue, pairs):
             assert matched.sum() > 30
             np.testing.assert_array_equal(found[f"matches{v}"], expected[f"matches{v}"])
             np.testing.assert_allclose(found[f"matching_scores{v}"][matched], expected[f"matching_scores{v}"][matched],
-                                       atol=1e-5)
+                                       atol=1e-4)  # nine layers, whose attention adds in another order
 
 
 def test_own_exit_and_pruning_are_kornias(lightglue, pairs):
@@ -133,7 +133,7 @@ def test_the_loop_ends_where_lightglue_would_stop(lightglue, pairs):
     for data in pairs[:4]:
         found = match_iteratively(network, data, lambda matches, *_, **__: None, schedule=Schedule(0, 1))
         assert not found.stopped_early
-        assert found.n_iterations == kornia_forward(lightglue.network, data, 0.95, -1)["stop"] < 9
+        assert found.n_iterations == kornia_forward(lightglue.network, data, 0.95)["stop"] < 9
         one_shot = network(data, found.n_iterations)["matching_scores0"][0]
         np.testing.assert_array_equal(found.matches[:, 0], torch.nonzero(one_shot > 0.2)[:, 0])
 

@@ -18,7 +18,7 @@ from tools.files import write_image
 from tools.geometry import lift, make_pose, project
 from training import online
 from training.config import DEFAULTS, load_train_config
-from training.data import StepBatches, make_loader
+from training.data import make_loader, step_batches
 from training.sources import online_samples
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
 
@@ -231,14 +231,14 @@ def test_views_are_shared_among_pairs(photos, views):
 def test_same_samples_for_any_number_of_workers_and_after_a_stop(photos, scenes, tmp_path):
     dump = make_tiny_dump(tmp_path / "dump")
     config = {**SMALL, "online_sources": [{"path": str(path)} for path in (photos, scenes, dump)]}
-    runs = [list(make_loader(online_samples(config), StepBatches(first, 3, 6), workers, False))
+    runs = [list(make_loader(online_samples(config), step_batches(first, 3, 6), workers, False))
             for workers, first in ((0, 0), (1, 0), (2, 0), (0, 1))]
     assert_same_batches(runs[:3])
     assert_same_batches([runs[0][1:], runs[3]])
     assert {len(name.split(": ")) for batch in runs[0] for name in batch["names"]} == {1, 2}  # dump, images
     has_pose = torch.cat([batch["has_pose"] for batch in runs[0]])
     assert 0 < has_pose.sum() < 18
-    other = next(iter(make_loader(online_samples({**config, "seed": 1}), StepBatches(0, 1, 6), 0, False)))
+    other = next(iter(make_loader(online_samples({**config, "seed": 1}), step_batches(0, 1, 6), 0, False)))
     assert not torch.equal(other["keypoints0"], runs[0][0]["keypoints0"])
 
 
@@ -317,7 +317,7 @@ def test_training_on_photographs_and_scenes(photos, scenes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--config", str(tmp_path / "config.json"), "--save_path"]
     assert train.main([*arguments, str(tmp_path / "run")]) == 0
-    assert "mask0" in next(iter(make_loader(online_samples({**DEFAULTS, **config}), StepBatches(0, 1, 4), 0, False)))
+    assert "mask0" in next(iter(make_loader(online_samples({**DEFAULTS, **config}), step_batches(0, 1, 4), 0, False)))
     saved = checkpoint.load_checkpoint(tmp_path / "run" / "latest.pth")
     assert saved["scenes"] == ["0000"] and saved["step"] == 3 and not saved["bad"]
     assert all(torch.isfinite(value).all() for value in saved["model"].values())

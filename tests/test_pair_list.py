@@ -59,7 +59,7 @@ def test_a_pair_the_format_cannot_hold_leaves_the_file_alone(tmp_path, pair):
     assert path.read_text() == "a.jpg b.jpg\n" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("line, what", [
+@pytest.mark.parametrize("line, message", [
     ("a.jpg", "1 values; expected `image0 image1`"),
     ("a.jpg b.jpg 0", "3 values"),
     (f"a.jpg b.jpg {text(K0, K1)}", "20 values"),
@@ -75,10 +75,10 @@ def test_a_pair_the_format_cannot_hold_leaves_the_file_alone(tmp_path, pair):
     (f"a.jpg b.jpg 0 0 {text(K0, K1, T.T)}", "T_0to1 is not a rigid motion"),
     (f"a.jpg b.jpg 0 0 {text(K0, K1, T * [[1], [1], [-1], [1]])}", "T_0to1 is not a rigid motion"),
 ])
-def test_malformed_line_is_named(tmp_path, line, what):
+def test_malformed_line_is_named(tmp_path, line, message):
     with pytest.raises(InputError) as error:
         read_text(tmp_path, f"# comment\n\na.jpg b.jpg\n{line}\n")
-    assert "pairs.txt, line 4: " in str(error.value) and what in str(error.value)
+    assert "pairs.txt, line 4: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 

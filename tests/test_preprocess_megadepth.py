@@ -96,11 +96,11 @@ def assert_same(info0, info1):
     assert info0.keys() == info1.keys()
     for name, value in info0.items():
         if name in ("points3D_id_to_2D", "points3D_id_to_ndepth"):
-            for of_image0, of_image1 in zip(value, info1[name]):
-                assert (of_image0 is None) == (of_image1 is None)
-                if of_image0 is not None:
-                    assert of_image0.keys() == of_image1.keys()
-                    np.testing.assert_allclose(list(of_image0.values()), list(of_image1.values()), rtol=1e-6)
+            for by_id0, by_id1 in zip(value, info1[name]):
+                assert (by_id0 is None) == (by_id1 is None)
+                if by_id0 is not None:
+                    assert by_id0.keys() == by_id1.keys()
+                    np.testing.assert_allclose(list(by_id0.values()), list(by_id1.values()), rtol=1e-6)
         elif name in ("intrinsics", "poses"):
             for matrix0, matrix1 in zip(value, info1[name]):
                 assert (matrix0 is None) == (matrix1 is None)

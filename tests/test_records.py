@@ -98,11 +98,11 @@ def test_fields_are_checked_and_no_others_returned(tmp_path, mmap):
     write_record(tmp_path / "r.npy", RECORD)
     record = read_record(tmp_path / "r.npy", FIELDS, mmap, D=128)
     assert list(record) == ["keypoints", "descriptors", "overlap"] and record["descriptors"].shape == (7, 128)
-    for more, lengths, said in (({}, {"D": 64}, r"descriptors are \(7, 128\), not \(7, 64\)"),
+    for changed, lengths, said in (({}, {"D": 64}, r"descriptors are \(7, 128\), not \(7, 64\)"),
                                 ({}, {"N": 8}, r"keypoints are \(7, 2\), not \(8, 2\)"),
                                 ({"more": np.arange(6)}, {}, r"more are \(6,\), not \(7,\)"),
                                 ({"overlap": "half"}, {}, "overlap is of type <U4")):
-        write_record(tmp_path / "r.npy", {**RECORD, **more})
+        write_record(tmp_path / "r.npy", {**RECORD, **changed})
         with pytest.raises(InputError, match=r"r\.npy is damaged: its " + said):
             read_record(tmp_path / "r.npy", FIELDS, mmap, **lengths)
 

@@ -117,8 +117,8 @@ def test_align_corners(height, width):
 def test_align_corners_of_the_extractor(weights):
     image = random_image(64, 88)
     by_default, aligned, other = (
-        build_extractor("spp", weights=weights, device="cpu", keypoint_threshold=0.016, **more)(image)
-        for more in ({}, {"align_corners": True}, {"align_corners": False}))
+        build_extractor("spp", weights=weights, device="cpu", keypoint_threshold=0.016, **changed)(image)
+        for changed in ({}, {"align_corners": True}, {"align_corners": False}))
     same(by_default, aligned)
     np.testing.assert_array_equal(other.keypoints, aligned.keypoints)
     assert np.abs(other.descriptors - aligned.descriptors).max() > 1e-3

@@ -99,10 +99,10 @@ def test_last_layers_of_branches_learn_at_their_share(setup):
     before = build(load_train_config(setup, [])).state_dict()
     after = parameters(setup.parent / "run" / "latest.pth")
     sizes = {name: (after[name] - before[name]).abs().max().item() for name in after}
-    of_last = [name for name in sizes if name.startswith("kenc.encoder.12.") or ".mlp.3." in name]
-    assert len(of_last) == 2 + 2 * 8
-    assert max(sizes[name] for name in of_last) == pytest.approx(0.25e-3, rel=1e-3)
-    assert max(size for name, size in sizes.items() if name not in of_last) == pytest.approx(1e-3, rel=1e-3)
+    last = [name for name in sizes if name.startswith("kenc.encoder.12.") or ".mlp.3." in name]
+    assert len(last) == 2 + 2 * 8
+    assert max(sizes[name] for name in last) == pytest.approx(0.25e-3, rel=1e-3)
+    assert max(size for name, size in sizes.items() if name not in last) == pytest.approx(1e-3, rel=1e-3)
     # and when gone on with
     train_with(setup, "--its_per_epoch", 1, "--lr", 1e-3, "--branch_lr", 0.25, "--epochs", 2,
                "--resume_path", setup.parent / "run")
@@ -218,7 +218,7 @@ def test_a_run_from_before_the_layout_changed_takes_the_same_steps():
             assert value.norm().item() == pytest.approx(content["norms"][name], rel=1e-3, abs=1e-4), name
 
 
-def of_state(change):
+def in_moments(change):
     return lambda content: change(content["optimizer"]["state"][3])
 
 
@@ -230,11 +230,11 @@ def of_state(change):
     (lambda content: content["optimizer"]["param_groups"][0].update(lr="fast"), "lacks a learning rate"),
     (lambda content: content["optimizer"]["state"].update(x={}), "moments of 108 parameters that are not the 107"),
     (lambda content: content["optimizer"]["state"].pop(7), "moments of 106 parameters that are not the 107"),
-    (of_state(lambda values: values.pop("exp_avg")), "else than exp_avg, exp_avg_sq, step of parameter 3"),
-    (of_state(lambda values: values.update(exp_avg=torch.zeros(7))), "a exp_avg of parameter 3 that cannot be"),
-    (of_state(lambda values: values["exp_avg_sq"].fill_(-1)), "a exp_avg_sq of parameter 3 that cannot be"),
-    (of_state(lambda values: values["exp_avg"].fill_(torch.nan)), "a exp_avg of parameter 3 that cannot be"),
-    (of_state(lambda values: values.update(step="many")), "a step of parameter 3 that cannot be"),
+    (in_moments(lambda values: values.pop("exp_avg")), "else than exp_avg, exp_avg_sq, step of parameter 3"),
+    (in_moments(lambda values: values.update(exp_avg=torch.zeros(7))), "a exp_avg of parameter 3 that cannot be"),
+    (in_moments(lambda values: values["exp_avg_sq"].fill_(-1)), "a exp_avg_sq of parameter 3 that cannot be"),
+    (in_moments(lambda values: values["exp_avg"].fill_(torch.nan)), "a exp_avg of parameter 3 that cannot be"),
+    (in_moments(lambda values: values.update(step="many")), "a step of parameter 3 that cannot be"),
     (lambda content: content.update(step=1.5), "its step is 1.5"),
     (lambda content: content.update(best="low"), "its best is 'low'"),
     (lambda content: content.update(bad=[[1, [2]]]), r"its bad is \[\[1, \[2\]\]\]"),

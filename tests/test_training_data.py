@@ -13,12 +13,12 @@ from training.data import (
     DumpSource,
     Labels,
     Samples,
-    StepBatches,
     choose_keypoints,
     collate,
     end_workers,
     make_loader,
     padded_targets,
+    step_batches,
 )
 
 
@@ -162,14 +162,14 @@ def assert_same_batches(runs):
 
 def test_same_samples_for_any_number_of_workers(dump):
     dataset = make_dataset(dump)
-    runs = [list(make_loader(dataset, StepBatches(0, 3, 4), workers, False)) for workers in (0, 2)]
+    runs = [list(make_loader(dataset, step_batches(0, 3, 4), workers, False)) for workers in (0, 2)]
     assert len(runs[0]) == 3
     assert_same_batches(runs)
     assert not torch.equal(runs[0][0]["keypoints0"], runs[0][1]["keypoints0"])
 
 
 def test_sample_making_processes_outlive_sigterm_and_end_with_the_run(dump):
-    batches = iter(make_loader(make_dataset(dump), StepBatches(0, 100, 1), 1, False))
+    batches = iter(make_loader(make_dataset(dump), step_batches(0, 100, 1), 1, False))
     next(batches)
     (process,) = multiprocessing.active_children()
     process.terminate()
@@ -182,12 +182,12 @@ def test_sample_making_processes_outlive_sigterm_and_end_with_the_run(dump):
 
 def test_a_run_goes_on_with_the_samples_it_would_have_had(dump):
     dataset = make_dataset(dump)
-    whole, rest = (list(make_loader(dataset, StepBatches(first, 4, 2), 0, False)) for first in (0, 2))
+    whole, rest = (list(make_loader(dataset, step_batches(first, 4, 2), 0, False)) for first in (0, 2))
     assert_same_batches([whole[2:], rest])
 
 
 def test_processes_share_a_batch():
-    shares = [list(StepBatches(5, 7, 6, rank, 3)) for rank in range(3)]
+    shares = [list(step_batches(5, 7, 6, rank, 3)) for rank in range(3)]
     for step, parts in enumerate(zip(*shares)):
         assert all(len(part) == 2 for part in parts)
         assert [k for part in parts for k in part] == list(range((5 + step) * 6, (6 + step) * 6))

@@ -49,7 +49,10 @@ def load_checkpoint(path, device="cpu") -> dict:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        _check_zip(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch's are not compressed
+                if sum(member.file_size for member in archive.infolist()) > 4 * path.stat().st_size:
+                    raise ValueError("it would take far more memory than its file")
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])):
             content = torch.load(path, map_location=device, weights_only=True)
@@ -63,8 +66,7 @@ def load_checkpoint(path, device="cpu") -> dict:
                              "file of weights alone") from None
         raise InputError(f"{path} is not a readable checkpoint: it is damaged, incomplete or something else; get it "
                          "again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it has no entry 'model'")
+    content = content if isinstance(content, dict) else {}
     if content and all(torch.is_tensor(value) for value in content.values()):
         content = {"model": content}
     entry = next((name for name in ("model", "state_dict", "model_state_dict", "extractor")
@@ -91,14 +93,6 @@ def _renamed(path: Path) -> Path:
     return same
 
 
-def _check_zip(path) -> None:
-    """Raise ValueError for a checkpoint that takes far more memory than its file; torch's are not compressed."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > 4 * Path(path).stat().st_size:
-                raise ValueError("too much in too small a file")
-
-
 def describe_weights(state: dict) -> dict:
     """What a state dict says of its network: network, and for a matcher descriptor_dim, n_layers, norm_fn.
 
@@ -109,10 +103,9 @@ def describe_weights(state: dict) -> dict:
     if not n_layers:
         return {"network": "superpoint"} if "convPa.weight" in state else {}
     shares = any(re.fullmatch(r"gnn\.layers\.\d+\.proj\.weight", key) for key in state)
+    norm_fn = "bn" if "gnn.layers.0.mlp.1.weight" in state else "in"
     if "gnn.layers.0.mlp.2.weight" in state:
         norm_fn = None
-    else:
-        norm_fn = "bn" if "gnn.layers.0.mlp.1.weight" in state else "in"
     # up to three iterations, nothing is shared and the three networks are one
     network = "imp" if shares or n_layers <= 3 else "gm"
     return {"network": network, "descriptor_dim": (*projections[0].shape, 0)[0], "n_layers": n_layers,
@@ -122,26 +115,23 @@ def describe_weights(state: dict) -> dict:
 def load_weights(module: torch.nn.Module, state: dict, path) -> None:
     """Load a state dict with strict keys and shapes; InputError names the first wrong one and what the file is for."""
     own = module.state_dict()
-    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if missing or extra or wrong:
-        if wrong:
-            key = wrong[0]
-            problem = f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(own[key].shape)}"
-        else:
-            problem = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the network does not have"
-        made_for = ", ".join(f"{name} {value}" for name, value in describe_weights(state).items())
-        raise InputError(f"{path} does not fit this network: {problem}"
-                         + (f" (the file is for {made_for})" if made_for else ""))
-    module.load_state_dict(state, strict=True)
+    problems = [f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(value.shape)}"
+                for key, value in own.items() if key in state and value.shape != state[key].shape]
+    problems += [f"it lacks {key}" for key in own if key not in state]
+    problems += [f"it has {key}, which the network does not have" for key in state if key not in own]
+    if problems:
+        description = ", ".join(f"{name} {value}" for name, value in describe_weights(state).items())
+        raise InputError(f"{path} does not fit this network: {problems[0]}"
+                         + (f" (the file is for {description})" if description else ""))
+    module.load_state_dict(state)
 
 
 def check_finite(module: torch.nn.Module, path) -> None:
     """InputError if a weight is not a finite number."""
-    broken = [key for key, value in module.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(f"{path} is of no use: {broken[0]} has values that are not finite; its training diverged, or "
-                         "the file is damaged")
+    for key, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path} is of no use: {key} has values that are not finite; its training diverged, or "
+                             "the file is damaged")
 
 
 def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **options):
@@ -153,8 +143,8 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     content = load_checkpoint(path)
     found = describe_weights(content["model"])
     if "n_layers" not in found:
-        what = found.get("network") or f"its first key is {next(iter(content['model']), None)}"
-        raise InputError(f"{path} holds no matcher, as it has no final_proj weights ({what})")
+        held = found.get("network") or f"its first key is {next(iter(content['model']), None)}"
+        raise InputError(f"{path} holds no matcher, as it has no final_proj weights ({held})")
     if found["n_layers"] > MAX_LAYERS:
         raise InputError(f"{path} holds {found['n_layers']} iterations, more than {MAX_LAYERS}")
     if found["descriptor_dim"] != descriptor_dim:
@@ -163,9 +153,8 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
     if (network == "gm") != (found["network"] == "gm") and found["n_layers"] > 3:
         raise InputError(f"{path} holds the network {found['network']}, not {network}")
     config = content.get("config")
-    config = config if isinstance(config, dict) else {}
     settings = {"n_layers": found["n_layers"], "norm_fn": found["norm_fn"], "descriptor_dim": descriptor_dim}
-    for key in TOLD.keys() & config.keys():
+    for key in TOLD.keys() & (config if isinstance(config, dict) else ()):
         if not TOLD[key](config[key]):
             raise InputError(f"{path} is damaged: its config says {key} {str(config[key])[:50]}")
         settings[key] = config[key]
@@ -177,9 +166,9 @@ def load_matcher(path, network: str, descriptor_dim: int, device="cpu", **option
 
 def find_weights(name: str) -> Path:
     """Where a file of weights lies: below $IMP_WEIGHTS, below ./weights if we are installed, or with what ships."""
-    folders = [os.environ["IMP_WEIGHTS"]] if os.environ.get("IMP_WEIGHTS") else []
-    folders += ["weights"] if WEIGHTS.parent.name == "tools" else []  # in site-packages, where nobody puts a file
-    return next((Path(folder, name) for folder in folders if Path(folder, name).is_file()), WEIGHTS / name)
+    # in site-packages, where nobody puts a file, WEIGHTS is tools/weights
+    folders = [os.environ.get("IMP_WEIGHTS"), "weights" if WEIGHTS.parent.name == "tools" else None]
+    return next((Path(folder, name) for folder in folders if folder and Path(folder, name).is_file()), WEIGHTS / name)
 
 
 def load_superpoint(path=None, device="cpu", **options) -> SuperPoint:

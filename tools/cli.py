@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from concurrent.futures import BrokenExecutor
+from pickle import UnpicklingError
 
 # OpenCV counts in 32 bits, and is asked for twice as many keypoints where places are to be unique
 MOST_KEYPOINTS = 2 ** 30 - 1
@@ -37,7 +38,7 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.
 
 def describe_error(error: BaseException) -> str:
     """One line about any error, at most 500 characters."""
-    if isinstance(error, InputError | OutputError):
+    if isinstance(error, InputError | OutputError | UnpicklingError):
         text = str(error)
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -46,7 +47,7 @@ def describe_error(error: BaseException) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
-    return text if len(text) <= 500 else f"{text[:400]} ... {text[-90:]}"
+    return text if len(text) <= 500 else f"{text[:400]} ... {text[-90:]}"  # a path is often at the end
 
 
 def reason(error: Exception) -> str:
@@ -106,23 +107,20 @@ def _expand_home(argument: str) -> str:
     return os.path.expanduser(argument)
 
 
-def whole_number(least: int, most: int = 2 ** 31 - 1):
-    """An argparse type: a whole number from least to most."""
-    return _bounded(int, "whole number", least, most)
-
-
-def number(least: float, most: float = math.inf):
-    """An argparse type: a finite number from least to most."""
-    return _bounded(float, "number", least, most)
-
-
-def _bounded(kind: type, name: str, least, most):
+def number(least: float, most: float = math.inf, kind: type = float):
+    """An argparse type: a finite number from least to most, of a kind float or int."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most and math.isfinite(kind(text)):
                 return kind(text)
+        name = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:.12g} to {most:.12g}")
     return parse
+
+
+def whole_number(least: int, most: int = 2 ** 31 - 1):
+    """An argparse type: a whole number from least to most."""
+    return number(least, most, int)
 
 
 def report_skipped(skipped: list, items: str) -> int:

@@ -47,8 +47,7 @@ def read_config(path) -> dict:
     merged, path, read = {}, Path(path), set()
     while True:
         path = find_shipped(path, "configs")
-        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
-        content = _plain(content, path, iter(range(MAX_VALUES)))
+        content = _plain(_read_mapping(path), path, iter(range(MAX_VALUES)))
         if not isinstance(content, dict):
             raise InputError(f"{path} does not hold keys and values")
         base = content.pop("base", None)
@@ -61,12 +60,13 @@ def read_config(path) -> dict:
             raise InputError(f"{path} is its own base")
 
 
-def read_yaml(path):
-    """What a YAML file holds; InputError names it when it is missing or not YAML, or has a key twice."""
+def _read_mapping(path: Path):
+    if path.suffix == ".json":
+        return read_json(path)
     try:
         return yaml.load(read_text(path), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} is not valid YAML: {error}") from None
 
 
 def _plain(value, path, left: Iterator, level: int = 0):
@@ -105,9 +105,13 @@ def _typed(key: str, value, default, source: str):
     return value
 
 
-def overlay(defaults: dict, values: dict, source: str) -> dict:
-    """`defaults` with `values` in their place; InputError names an unknown key and its nearest, or a wrong type."""
-    return {**defaults, **_checked(defaults, values, source)}
+def overlay(defaults: dict, values: dict, source: str, base: dict | None = None) -> dict:
+    """`defaults`, or `base`, which has their keys, with `values` in their place.
+
+    InputError names an unknown key and its nearest, or a value that is not of its default's type.
+    """
+    check_keys(values, defaults, source)
+    return {**(base or defaults), **{key: _typed(key, value, defaults[key], source) for key, value in values.items()}}
 
 
 def check_keys(keys, known, source: str) -> None:
@@ -116,11 +120,6 @@ def check_keys(keys, known, source: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise InputError(f"{source}: unknown key {_shown.repr(key)}; did you mean {near[0]!r}?")
-
-
-def _checked(defaults: dict, values: dict, source: str) -> dict:
-    check_keys(values, defaults, source)
-    return {key: _typed(key, value, defaults[key], source) for key, value in values.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict:
@@ -138,9 +137,8 @@ def parse_overrides(arguments: list[str]) -> dict:
             raise InputError(f"unexpected argument {argument!r}: settings are given as --key value")
         else:
             values[key].append(_from_json(argument))
-    for key, read in values.items():
-        if not read:
-            raise InputError(f"--{key} lacks a value")
+    if [] in values.values():
+        raise InputError(f"--{next(key for key, read in values.items() if not read)} lacks a value")
     return {key: read[0] if len(read) == 1 else read for key, read in values.items()}
 
 
@@ -164,4 +162,4 @@ def load_config(path, defaults: dict, arguments: list[str], unused=()) -> dict:
     for key, value in overrides.items():
         if isinstance(defaults.get(key), list) and not isinstance(value, list):
             overrides[key] = [value]
-    return {**config, **_checked(defaults, overrides, "command line")}
+    return overlay(defaults, overrides, "command line", config)

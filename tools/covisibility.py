@@ -17,20 +17,18 @@ CHUNK = 16384
 def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_depth, progress=True) -> dict:
     """The dict that `tools.scene_info.write_scene_info` takes, for n images with depth.
 
-    image_paths, depth_paths: n paths relative to the root, stored as they are. intrinsics: n (3, 3), COLMAP's pixel
-    convention. poses: n (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit
-    of the poses; it is called twice per image, and one map is held at a time. progress: show bars.
+    image_paths, depth_paths: n paths relative to the root. intrinsics: n (3, 3), COLMAP's pixel convention. poses: n
+    (4, 4) world-to-camera. read_depth: image index -> depth map (H, W), 0 = unknown, in the unit of the poses; it is
+    called twice per image, and one map is held at a time. progress: show bars.
 
-    `overlap_matrix[i, j]` is the share of i's surface (a regular grid of about 2400 pixels, those with known depth)
-    that lands inside image j, in front of it, where j's depth is known and within 5%: what j's depth map does not
-    know, j does not see. The diagonal is 1. An image without any known depth has -1 elsewhere in its row and column.
-    The 3D points are one sample per voxel of the scene, tested in the same way in every image; an image that sees more
-    than 2000 keeps those of lowest id, in random order, hence the same ones as its neighbours. `points3D_id_to_2D` is
-    in COLMAP's pixel convention. `scale_ratio_matrix` is -1 for pairs without a shared 3D point.
+    `overlap_matrix[i, j]` is the share of i's samples (`sample_depth`) that image j sees (`is_seen`), 1 on the
+    diagonal, -1 elsewhere in row and column of an image without depth. The 3D points are one sample per voxel of the
+    scene; an image that sees more than MAX_POINTS keeps those of lowest id, whose order is random, hence the same ones
+    as its neighbours. `points3D_id_to_2D` is in COLMAP's pixel convention, `scale_ratio_matrix` -1 for pairs without a
+    shared 3D point.
     """
     n = len(image_paths)
-    intrinsics = [np.asarray(K, np.float64) for K in intrinsics]
-    poses = [np.asarray(pose, np.float64) for pose in poses]
+    intrinsics, poses = ([np.asarray(matrix, np.float64) for matrix in matrices] for matrices in (intrinsics, poses))
 
     points, depths = [], []
     for i in tqdm(range(n), desc="depth samples", unit="image", disable=not progress):
@@ -60,16 +58,15 @@ def scene_info_from_depth(image_paths, depth_paths, intrinsics, poses, read_dept
     overlap[:, n_samples == 0] = -1
     np.fill_diagonal(overlap, 1)
 
+    def by_id(values: list) -> list[dict]:
+        return [dict(zip(ids.tolist(), row.tolist())) for ids, row in zip(point_ids, values)]
+
     return {
         "image_paths": list(image_paths), "depth_paths": list(depth_paths), "intrinsics": intrinsics, "poses": poses,
-        "overlap_matrix": overlap,
+        "overlap_matrix": overlap, "angles": axis_angles(poses),
         "scale_ratio_matrix": pair_matrices(point_ids, point_ndepths, len(representatives))[1],
-        "angles": axis_angles(poses),
         "n_points3D": [len(ids) for ids in point_ids],
-        "points3D_id_to_2D": [dict(zip(ids.tolist(), pixels.tolist()))
-                              for ids, pixels in zip(point_ids, point_pixels)],
-        "points3D_id_to_ndepth": [dict(zip(ids.tolist(), ndepth.tolist()))
-                                  for ids, ndepth in zip(point_ids, point_ndepths)],
+        "points3D_id_to_2D": by_id(point_pixels), "points3D_id_to_ndepth": by_id(point_ndepths),
     }
 
 
@@ -80,17 +77,15 @@ def sample_depth(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     spacing = max(1.0, np.sqrt(h * w / N_SAMPLES))
     n_x, n_y = max(1, round(w / spacing)), max(1, round(h / spacing))
     x, y = np.meshgrid(((np.arange(n_x) + 0.5) * w / n_x).astype(int), ((np.arange(n_y) + 0.5) * h / n_y).astype(int))
-    x, y = x.ravel(), y.ravel()
     values = depth[y, x].astype(np.float64)
     known = values > 0
     return np.stack([x[known], y[known]], axis=1) + 0.5, values[known]
 
 
 def is_seen(points: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Which world points (N, 3) a camera sees: inside the image, in front, and where its depth map says, within 5%.
+    """Which world points (N, 3) a camera sees: inside the image, in front, and at known depth, within DEPTH_TOLERANCE.
 
-    depth: (H, W), 0 = unknown, which counts as not seen; K (3, 3) in COLMAP's pixel convention; pose (4, 4)
-    world-to-camera. (N,) bool.
+    depth: (H, W), 0 = unknown; K (3, 3), COLMAP's pixel convention; pose (4, 4) world-to-camera. (N,) bool.
     """
     h, w = depth.shape
     pixels, z = project(points, K, pose)

@@ -44,8 +44,7 @@ class Job:
         """Mean of a tensor over all processes; in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.world_size
-        return values
+        return values.div_(self.world_size)
 
     def any(self, flags: list[bool]) -> list[bool]:
         """Whether a flag is set in any process, for each flag."""
@@ -63,21 +62,18 @@ class Job:
 
 
 def choose_devices(gpu: list[int]) -> list[torch.device]:
-    """GPUs named by number; [] = all there are; [-1], or a machine without any, = the CPU.
-
-    As many -1 as one likes are as many processes on the CPU.
-    """
+    """GPUs by number; [] = all there are; [-1], or a machine without any, = the CPU; several -1: so many processes."""
     available = torch.cuda.device_count()
     if set(gpu) == {-1}:
         return [torch.device("cpu")] * len(gpu)
-    if available == 0:
+    if not available:
         if gpu:
             print(f"no GPU here: gpu {gpu} is left aside, the CPU is used", file=sys.stderr)
         return [torch.device("cpu")]
-    missing = [index for index in gpu if not 0 <= index < available]
-    if missing:
-        raise InputError(f"gpu names {missing[0]}, but there are {available} GPUs (0 to {available - 1})")
-    return [torch.device("cuda", index) for index in (gpu or range(available))]
+    for index in gpu:
+        if not 0 <= index < available:
+            raise InputError(f"gpu names {index}, but there are {available} GPUs (0 to {available - 1})")
+    return [torch.device("cuda", index) for index in gpu or range(available)]
 
 
 def choose_device(name: str) -> torch.device:
@@ -160,26 +156,25 @@ def _start(worker, devices: list[torch.device], arguments):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    received, failed, ended = [], None, False
+    received, ended = [], False
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not ended:
             try:
                 ended = processes.join(timeout=0.5, grace_period=10)
-            except mp.ProcessExitedException as error:
-                failed, ended = error, True
-            while not results.empty():
-                received.append(results.get())
+            finally:
+                while not results.empty():
+                    received.append(results.get())
+    except mp.ProcessExitedException as failed:
+        errors = [error for _, error in received if error]
+        if errors and not failed.signal_name:
+            raise errors[0] from None
+        cause = failed.signal_name or "itself"
+        raise InputError(f"process {failed.error_index} of {len(devices)} was ended by {cause} (out of memory?); what "
+                         "was saved is kept") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if failed:
-        errors = [error for _, error in received if error]
-        if errors and not failed.signal_name:
-            raise errors[0]
-        cause = failed.signal_name or "itself"
-        raise InputError(f"process {failed.error_index} of {len(devices)} was ended by {cause} (out of memory?); what "
-                         "was saved is kept")
     return received[0][0]
 
 

@@ -58,9 +58,9 @@ def atomic_path(path):
 def remove_strays(folder) -> None:
     """Delete what `atomic_path` left in a folder when its process was killed."""
     for path in Path(folder).glob(".*.tmp*"):
-        pid = re.fullmatch(r"\..+\.(\d+)\.tmp(\.\w+)?", path.name)
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp(\.\w+)?", path.name)
         # in a container, a process that is started again often has the number that it had
-        if pid and (int(pid[1]) == os.getpid() or not _is_running(int(pid[1]))):
+        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
             path.unlink(missing_ok=True)
 
 
@@ -114,10 +114,15 @@ def check_folder(path) -> None:
         raise OutputError(error.errno, error.strerror, str(path)) from None
 
 
+def write_bytes(path, data: bytes) -> None:
+    """Write a file, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_json(path, content) -> None:
     """Write `content` as indented JSON, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_bytes(path) -> bytes:
@@ -142,11 +147,10 @@ def read_text(path) -> str:
 
 
 def _unique(pairs: list[tuple]) -> dict:
-    content = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"key {name!r} is there twice")
-        content[name] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"key {name!r} is there twice")
     return content
 
 
@@ -210,9 +214,8 @@ def read_image(path, color: bool = False) -> np.ndarray:
         if image is not None and image.dtype.kind == "f" and image.shape[2:] in ((), (3,), (4,)):
             image = np.clip(np.nan_to_num(image, posinf=0), 0, 1e38).astype(np.float32)
             image = np.clip(image * (255 / max(image.max(initial=0), 1e-30)), 0, 255).astype(np.uint8)
-            if image.ndim == 3:
-                return image[:, :, :3].copy() if color else cv2.cvtColor(image[:, :, :3], cv2.COLOR_BGR2GRAY)
-            return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if color else image
+            image = np.dstack([image] * 3) if image.ndim == 2 else image[:, :, :3].copy()
+            return image if color else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     image = _decode(path, cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE)
     if image is None:
         raise InputError(f"not a readable image: {path}")
@@ -242,9 +245,7 @@ def _decode(path, flag: int) -> np.ndarray | None:
 def write_image(path, image: np.ndarray, quality: int = 95) -> None:
     """Write a BGR or gray image, atomically; the format follows the suffix, quality is JPEG's."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if Path(path).suffix in (".jpg", ".jpeg") else []
-    data = cv2.imencode(Path(path).suffix, image, options)[1]
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)  # imwrite does not say when a disk is full
+    write_bytes(path, cv2.imencode(Path(path).suffix, image, options)[1])  # imwrite does not say when a disk is full
 
 
 def read_depth(path) -> np.ndarray:
@@ -268,16 +269,22 @@ def read_depth(path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_hdf5(path):
-    """An HDF5 file to read; whatever goes wrong with it inside the block is an InputError that names it."""
-    check_file(path)
+def damaged(message: str, after: str = ""):
+    """Whatever a damaged file makes of its reader inside the block becomes an InputError: the message, why, `after`."""
     try:
-        with h5py.File(path, "r") as file:
-            yield file
+        yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"cannot read {path}: {describe_error(error)}") from None
+        raise InputError(f"{message}: {describe_error(error)}{after}") from None
+
+
+@contextlib.contextmanager
+def open_hdf5(path):
+    """An HDF5 file to read; whatever goes wrong with it inside the block is an InputError that names it."""
+    check_file(path)
+    with damaged(f"cannot read {path}"), h5py.File(path, "r") as file:
+        yield file
 
 
 def hdf5_item(file, name: str):
@@ -354,18 +361,17 @@ def _plain_dataset(file, name: str, kind: str) -> tuple[h5py.Dataset, str]:
     return item, where
 
 
-def hdf5_image(write) -> bytes:
-    """The bytes of an HDF5 file that `write(file)` fills, made in memory: h5py cannot recover from a full disk."""
+def write_hdf5(path, datasets: dict, **options) -> None:
+    """Write arrays by name as an HDF5 file, atomically; options: those of h5py's create_dataset."""
+    # made in memory, as h5py cannot recover from a full disk
     with h5py.File(uuid.uuid4().hex, "w", driver="core", backing_store=False) as file:
-        write(file)
+        for name, values in datasets.items():
+            file.create_dataset(name, data=values, **options)
         file.flush()
-        return file.id.get_file_image()
+        write_bytes(path, file.id.get_file_image())
 
 
 def write_depth(path, depth: np.ndarray) -> None:
     """Write a depth map (H, W) as MegaDepth does: HDF5, dataset "depth", float32."""
     # not lzf: its hash table is not initialised, so what it writes depends on what was in memory
-    data = hdf5_image(lambda file: file.create_dataset("depth", data=depth.astype(np.float32), compression="gzip",
-                                                       compression_opts=1))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    write_hdf5(path, {"depth": depth.astype(np.float32)}, compression="gzip", compression_opts=1)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES
-from tools.files import read_json, write_json
+from tools.files import check_folder, read_json, write_json
 from tools.locks import locked
 
 FORMAT = "imp-dump"
@@ -61,11 +61,6 @@ def keypoint_path(path, scene: str, image_path: str, feature_type: str) -> Path:
     return Path(path) / "keypoints" / scene / f"{PurePosixPath(image_path).name}_{feature_type}.npy"
 
 
-def lock_path(path, scene: str) -> Path:
-    """The lock file of whoever writes `scene` of the dump `path`."""
-    return Path(path) / f".{scene}.lock"
-
-
 def match_path(path, scene: str, index: int) -> Path:
     """The match record of a scene's valid pair `index` = 0 .. n-1."""
     return Path(path) / "matches" / scene / f"{index}.npy"
@@ -84,19 +79,14 @@ def check_fields(content, fields: dict, where) -> dict:
     return {**{name: default for name, (_, default) in fields.items()}, **content}
 
 
-def _flat(content: dict, where) -> dict:
-    content = check_fields({"settings": {}, **content}, {"settings": MANIFEST_FIELDS["settings"]}, where)
-    settings = content.pop("settings")
-    return {**content, **settings}
-
-
 def check_settings(made: dict, wanted: dict, where) -> None:
     """Raise InputError that names the first setting in which `made`, found at `where`, differs from `wanted`.
 
     Both are dicts whose entry "settings", if there is one, is a dict of more of the same. A setting that `made` is too
     old to have is as IMPLIED.
     """
-    made, wanted = _flat(made, where), _flat(wanted, where)
+    made = check_fields({"settings": {}, **made}, {"settings": MANIFEST_FIELDS["settings"]}, where)
+    made, wanted = ({**content, **content.get("settings", {}), "settings": None} for content in (made, wanted))
     for name in {**wanted, **made}:
         if made.get(name, IMPLIED.get(name)) != wanted.get(name):
             raise InputError(f"{where} was made with {name} {made.get(name)}, now it is {wanted.get(name)}: "
@@ -104,13 +94,12 @@ def check_settings(made: dict, wanted: dict, where) -> None:
 
 
 def claim(path, manifest: dict) -> None:
-    """Mark the folder `path` as made by `manifest`, or check that it was: what is there is gone on with.
+    """Mark the folder `path` as made by `manifest`, or check that it was, so that what is there is resumed.
 
     Raises InputError if another setting or version made it, or if something else is in it.
     """
     file = manifest_path(path)
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"{path} is a file, not a folder to write to")
+    check_folder(path)
     with locked(Path(path) / f".{file.name}.lock"):
         for stray in Path(path).glob(f".{file.stem}.*.tmp{file.suffix}"):
             stray.unlink()
@@ -150,12 +139,11 @@ def load_dump(path, scenes=None) -> dict:
     """What there is to train on in the dump `path`.
 
     scenes: the ids wanted, in that order; all complete ones if None. Returns {"feature_type", "settings",
-    "scenes": {scene: number of pairs, never 0}, "incomplete": [scenes begun and not finished, when none are asked
-    for]}. Raises InputError for a folder that is not a dump, for scenes asked for that are not complete, and if there
-    is no pair at all.
+    "scenes": {scene: number of pairs, never 0}, "incomplete": [unfinished scenes, when none are asked for]}. Raises
+    InputError for a folder that is not a dump, for scenes asked for that are unfinished, and if there is no pair.
     """
     manifest = read_manifest(path)
-    begun = begun_scenes(path) if scenes is None else list(scenes)
+    begun = begun_scenes(path) if scenes is None else scenes
     incomplete = [scene for scene in begun if not scene_path(path, scene).is_file()]
     if scenes is not None and incomplete:
         raise InputError(f"{path} lacks {len(incomplete)} of the {len(begun)} scenes asked for "

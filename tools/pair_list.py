@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tools.cli import InputError
-from tools.files import atomic_path, find_shipped, read_text
+from tools.files import find_shipped, read_text, write_bytes
 from tools.geometry import is_camera_matrix, is_rigid
 
 EXPECTED = ("expected `image0 image1`, then nothing, or `rot0 rot1` (2 values), or these and `K0 K1` (20 values), "
@@ -52,20 +52,18 @@ def write_pair_list(path, pairs: list[Pair]) -> None:
     ValueError for a pair that the format cannot hold: a name that is empty, contains white space or would start a
     comment, one K without the other, or T_0to1 without K.
     """
-    lines = [" ".join(_tokens(pair)) + "\n" for pair in pairs]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(lines))
+    write_bytes(path, "".join(" ".join(_tokens(pair)) + "\n" for pair in pairs).encode())
 
 
 def _parse(tokens: list[str]) -> Pair:
     """One line's tokens -> Pair; ValueError says what is wrong with them."""
-    names, turns, numbers = tokens[:2], tokens[2:4], tokens[4:]
+    names, turns = tokens[:2], tokens[2:4]
     if len(tokens) not in (2, 4, 22, 38):
         raise ValueError(f"{len(tokens)} values; {EXPECTED}")
     if not all(turn in ("0", "1", "2", "3") for turn in turns):
         raise ValueError(f"`{' '.join(turns)}` where rot0 rot1 belong; each is 0, 1, 2 or 3")
     try:
-        numbers = np.array(numbers, dtype=np.float64)
+        numbers = np.array(tokens[4:], dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"{error} among K0 K1 T_0to1; all are numbers") from None
     if not (np.abs(numbers) < 1e12).all():  # nor nan

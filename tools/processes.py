@@ -8,14 +8,18 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import cv2
 
-resource = None  # Windows has none
-with contextlib.suppress(ImportError):
+from tools.cli import InputError
+
+try:
     import resource
+except ImportError:  # Windows
+    resource = None
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of getrusage
 _HAS_MASKS = hasattr(signal, "pthread_sigmask")  # Windows has none, and no resource tracker
@@ -53,6 +57,26 @@ class WorkerPool(ProcessPoolExecutor):
             return super().submit(*args, **kwargs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int):
+    """A pool of `workers` processes, or None for one: then the work is done in the calling process.
+
+    When the block is left early, what has been started is finished and the rest is dropped. Raises InputError if a
+    worker was killed from outside.
+    """
+    if workers < 1:
+        raise InputError(f"--workers must be at least 1, not {workers}")
+    pool = WorkerPool(workers) if workers > 1 else None
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise InputError(f"a worker was killed (out of memory?): run again, with fewer --workers than {workers}; "
+                         "what is done is kept") from None
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def in_order(pool, function, items, ahead: int):

@@ -24,11 +24,11 @@ def _positive(values: np.ndarray) -> str:
 
 
 def _camera(K: np.ndarray) -> str:
-    return _finite(K) or ("" if is_camera_matrix(K) else "is not a camera matrix")
+    return "" if is_camera_matrix(K) else _finite(K) or "is not a camera matrix"
 
 
 def _rigid(pose: np.ndarray) -> str:
-    return _finite(pose) or ("" if is_rigid(pose) else "is not a rotation and translation")
+    return "" if is_rigid(pose) else _finite(pose) or "is not a rotation and translation"
 
 
 def _name(value: np.ndarray) -> str:

@@ -5,7 +5,6 @@ unpickler here admits arrays, dicts, lists, tuples, strings and numbers, and not
 not handed out either: `numpy.dtype` and `ndarray.__setstate__` trust what they are given, and a made-up dtype makes
 them take bytes for pointers. What stands in for them here takes plain dtypes and data of exactly the right size.
 """
-import contextlib
 import functools
 import io
 import math
@@ -16,7 +15,7 @@ import zipfile
 import numpy as np
 
 from tools.cli import InputError
-from tools.files import read_bytes
+from tools.files import damaged, read_bytes
 
 PLAIN_DTYPE = re.compile(r"[<>|=]?(\?|b1|[iu][1248]|f[248]|c(8|16)|[SU]\d{1,5}|O[48]?)")
 # scene_info files shrink 2 to 10 times, those of few points in many images 20 times; a file of zeros 1000 times
@@ -148,20 +147,8 @@ def _check_opcodes(data: bytes) -> None:
         at += length if op != pickle.FRAME[0] else 0
 
 
-@contextlib.contextmanager
-def _one_line(before: str, after: str):
-    """Whatever a damaged file makes of pickle, zipfile and NumPy becomes an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{before}: {why}{after}") from None
-
-
 def _unpickle(data: bytes, path):
-    with _one_line(f"refused to unpickle {path}", " (only arrays, dicts, lists and numbers are read)"):
+    with damaged(f"refused to unpickle {path}", " (only arrays, dicts, lists and numbers are read)"):
         _check_opcodes(data)
         # latin1: arrays pickled by Python 2 hold their bytes as str
         return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
@@ -179,7 +166,7 @@ def _parse_npy(data: bytes, path) -> np.ndarray:
             raise InputError(f"{path} holds a pickle that is not an array")
         return np.array(array)  # no longer read-only
     if not PLAIN_DTYPE.fullmatch(dtype.str) or math.prod(map(_whole, shape)) * dtype.itemsize != len(data):
-        raise ValueError(f"no {len(data)} bytes for shape {shape} of {dtype.str[:20]}")
+        raise pickle.UnpicklingError(f"no {len(data)} bytes for shape {shape} of {dtype.str[:20]}")
     return np.ndarray(shape, dtype, bytearray(data), order="F" if fortran else "C")
 
 
@@ -193,7 +180,7 @@ def load_pickle(path):
 
 def load_npy(path) -> np.ndarray:
     """Read an .npy whose array may hold objects; InputError if it is missing, damaged, or holds more than data."""
-    with _one_line(f"{path} is damaged", "; get or make it again"):
+    with damaged(f"{path} is damaged", "; get or make it again"):
         return _parse_npy(read_bytes(path), path)
 
 
@@ -205,10 +192,10 @@ def load_npz(path) -> dict:
     data = read_bytes(path)
     if data[:2] != b"PK":
         return _unpickle(data, path)
-    with _one_line(f"{path} is damaged", "; get or make it again"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with damaged(f"{path} is damaged", "; get or make it again"), zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
         if sum(member.file_size for member in members) > MAX_COMPRESSION * len(data) + SMALL:
-            raise ValueError(f"unpacked it would be more than {MAX_COMPRESSION} times its size")
+            raise pickle.UnpicklingError(f"unpacked it would be more than {MAX_COMPRESSION} times its size")
         return {member.filename[:-4]: _parse_npy(archive.read(member), f"{path}:{member.filename}")
                 for member in members}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nets.layers import normalize_keypoints
 from tools.cli import reason
@@ -28,20 +28,14 @@ MAX_TRIES = 20  # pairs for one sample
 
 @dataclass
 class Pair:
-    """Two views before keypoints are chosen.
+    """Two views before keypoints are chosen."""
 
-    name: what messages call it; views: dicts of keypoints (N, 2) pixels, scores (N,), descriptors (N, D), image_size
-    (w, h), K (3, 3) in OpenCV's pixel convention; matches (M, 2): the true ones; T_0to1 (4, 4), or None where there is
-    no pose; image_paths: of both, relative to where the images are; unmatched: of each view, which keypoints (N,) bool
-    have no true match for certain, or None: all that are in none of `matches`.
-    """
-
-    name: str
-    views: list[dict]
-    matches: np.ndarray
-    T_0to1: np.ndarray | None
-    image_paths: tuple[str, str]
-    unmatched: tuple[np.ndarray, np.ndarray] | None = None
+    name: str  # in messages
+    views: list[dict]  # keypoints (N, 2), scores (N,), descriptors (N, D), image_size (w, h), K (3, 3), OpenCV's pixels
+    matches: np.ndarray  # (M, 2), the true ones
+    T_0to1: np.ndarray | None  # (4, 4); None: unknown
+    image_paths: tuple[str, str]  # relative to where the images are
+    unmatched: tuple[np.ndarray, np.ndarray] | None = None  # (N,) bool each; None: all that are in none of `matches`
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Labels:
     inlier_th: float = ONLINE_INLIER_TH
     outlier_th: float = 0.0
 
-    def of(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    def label(self, camera0: tuple, camera1: tuple) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
         """matches and unmatched as in `Pair`, of two views; a camera: keypoints, depth (N,), K (COLMAP's), pose."""
         matches = match_by_projection(*camera0, *camera1, self.inlier_th)
         if not self.outlier_th:
@@ -93,11 +87,10 @@ def choose_keypoints(matches: np.ndarray, n0: int, n1: int, choice: Choice, rng:
                      unmatched=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which keypoints of two views make a sample, and where its true matches are.
 
-    matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of them drawn from
-    min_inliers .. max_inliers (all without random_inliers; at most M, at least what the unmatched
-    keypoints leave to fill), and unmatched keypoints of each side up to max_keypoints, shuffled. Returns chosen0 (N0,),
-    chosen1 (N1,), of max_keypoints each, or all there are; and target (N0,): the place in chosen1 of each of chosen0's
-    match, or -1.
+    matches (M, 2): true matches of views with n0 and n1 keypoints; unmatched as in `Pair`. A number of matches drawn
+    from min_inliers .. max_inliers (without random_inliers all; more where unmatched keypoints are few), and unmatched
+    keypoints up to max_keypoints, shuffled. Returns chosen0 (N0,), chosen1 (N1,); and target (N0,): the place in
+    chosen1 of each of chosen0's match, or -1.
     """
     candidates = (np.arange(n0), np.arange(n1)) if unmatched is None else map(np.flatnonzero, unmatched)
     free0, free1 = (np.setdiff1d(rows, own, assume_unique=True) for rows, own in zip(candidates, matches.T))
@@ -131,9 +124,6 @@ def padded_targets(target: np.ndarray, n1: int, size: int) -> tuple[np.ndarray, 
 
 
 def _padded(values: np.ndarray, size: int, dtype=np.float32) -> np.ndarray:
-    values = np.asarray(values, dtype)
-    if len(values) == size:
-        return values
     padded = np.zeros((size, *values.shape[1:]), dtype)
     padded[:len(values)] = values
     return padded
@@ -143,9 +133,8 @@ def make_sample(views: list[dict], target: np.ndarray, T_0to1: np.ndarray | None
     """Two views' chosen keypoints -> the dict of arrays that training takes.
 
     views: as in `Pair`, with at most `size` keypoints; target (N0,): match in view 1 or -1. T_0to1 (4, 4), or None
-    where there is no pose: the sample then carries has_pose 0 and takes no part in a pose loss. Where a view has fewer
-    than size keypoints, both are padded with zeros, and mask0, mask1 (size,) tell which are real. Descriptors stay of
-    the type they are stored in, which is half the size.
+    where there is no pose: has_pose is then 0. Where a view has fewer than size keypoints, both are padded with zeros,
+    and mask0, mask1 (size,) tell which are real. Descriptors stay of the type they are stored in.
     """
     counts = [len(view["scores"]) for view in views]
     sample = dict(zip(("target0", "target1"), padded_targets(target, counts[1], size)))
@@ -178,27 +167,20 @@ class Draws:
 
     def __init__(self, groups: dict[str, int], per_group: int, seed: int):
         """groups: name and number of items of each."""
-        self.groups = groups
-        self.per_group = per_group
-        self.seed = seed
+        self.groups, self.per_group, self.seed = groups, per_group, seed
         self.size = sum(min(n, per_group) for n in groups.values())
-        self._drawn = (None, [])  # the last draw and its number
-
-    def _draw(self, number: int) -> list[tuple[str, int]]:
-        if self._drawn[0] != number:
-            self._drawn = (number, self._make_draw(number))
-        return self._drawn[1]
-
-    def _make_draw(self, number: int) -> list[tuple[str, int]]:
-        rng = np.random.default_rng([self.seed, number])
-        items = [(group, int(i)) for group, n in self.groups.items() for i in rng.permutation(n)[:self.per_group]]
-        return [items[i] for i in rng.permutation(len(items))]
+        self._number, self._items = None, []  # of the last draw
 
     def draw(self, k: int, attempt: int = 0) -> tuple[str, int]:
         """Group and index of the k-th item; any other, by chance, if attempt is not 0."""
         if attempt:
             k = int(np.random.default_rng([self.seed, k, attempt]).integers(self.size))
-        return self._draw(k // self.size)[k % self.size]
+        number, place = divmod(k, self.size)
+        if number != self._number:
+            rng = np.random.default_rng([self.seed, number])
+            items = [(group, int(i)) for group, n in self.groups.items() for i in rng.permutation(n)[:self.per_group]]
+            self._number, self._items = number, [items[i] for i in rng.permutation(len(items))]
+        return self._items[place]
 
 
 class DumpSource:
@@ -212,13 +194,9 @@ class DumpSource:
         Raises InputError if the dump has no pairs.
         """
         dump = load_dump(dump_path, scenes)
-        self.name = str(dump_path)
-        self.path = dump_path
-        self.feature_type = dump["feature_type"]
-        self.incomplete = dump["incomplete"]
+        self.name, self.path, self.labels = str(dump_path), dump_path, labels
+        self.feature_type, self.scenes = dump["feature_type"], list(dump["scenes"])
         self.min_keypoints = dump["settings"]["min_keypoints"]  # that its images have at least
-        self.scenes = list(dump["scenes"])
-        self.labels = labels
         self.draws = Draws(dump["scenes"], pairs_per_scene, seed)
 
     def pair(self, k: int, attempt: int) -> Pair:
@@ -234,7 +212,7 @@ class DumpSource:
             views.append({**view, "K": colmap_to_opencv_K(record["intrinsics"])})
             cameras.append((record["keypoints"], record["depth"], record["intrinsics"], pair[f"pose{v}"]))
         check_matches(path, pair["matches"], [len(view["scores"]) for view in views])
-        matches, unmatched = self.labels.of(*cameras) if self.labels else (pair["matches"], None)
+        matches, unmatched = self.labels.label(*cameras) if self.labels else (pair["matches"], None)
         return Pair(str(path), views, matches, relative_pose(pair["pose0"], pair["pose1"]),
                     (pair["image_path0"], pair["image_path1"]), unmatched)
 
@@ -243,30 +221,18 @@ class Samples(Dataset):
     """The samples of a run: item k is the k-th, whoever asks for it.
 
     An item is a dict as from `make_sample`, the pair's `name` and `image_paths`, and `skipped`: (source, reason) of the
-    pairs that could not be read, in whose place it stands. Of several sources each is drawn from in proportion to its
-    weight. A pair that the choice refuses is replaced as well. When MAX_TRIES pairs in a row are of no use, the item is
-    {"failed": why}.
+    pairs that could not be read, in whose place it stands. A pair that the choice refuses is replaced as well. When
+    MAX_TRIES pairs in a row are of no use, the item is {"failed": why}.
     """
 
     def __init__(self, sources: list, choice: Choice, seed: int = 0, weights=None, group: int = 1):
-        """sources: DumpSource and those of training.online; weights: one each; None: all the same; group: samples in a
-        row that are from the same source, as training.online wants it."""
-        self.sources = sources
+        """sources: DumpSource and those of training.online; weights: shares in the samples; None: the same; group:
+        samples in a row that are from the same source, as training.online wants it."""
+        self.sources, self.choice, self.seed, self.group = sources, choice, seed, group
         weights = np.ones(len(sources)) if weights is None else np.asarray(weights, np.float64)
         self.shares = weights / weights.sum()
-        self.choice = choice
-        self.seed = seed
-        self.group = group
-
-    @property
-    def scenes(self) -> list[str]:
-        """Scene ids of all sources."""
-        return [scene for source in self.sources for scene in source.scenes]
-
-    @property
-    def draw_size(self) -> int:
-        """Pairs in one draw of every source."""
-        return sum(source.draws.size * source.pairs_per_item for source in self.sources)
+        self.scenes = [scene for source in sources for scene in source.scenes]
+        self.draw_size = sum(source.draws.size * source.pairs_per_item for source in sources)  # pairs
 
     def __getitem__(self, k: int) -> dict:
         skipped = []
@@ -280,39 +246,29 @@ class Samples(Dataset):
                 skipped.append((source.name, why))
                 continue
             why = self.choice.refuses(pair)
-            if not why:  # what goes wrong from here on is not the pair's fault
-                sample = self._sample(pair, np.random.default_rng([self.seed, k, 1 + attempt]))
-                return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
-        return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {why}"}
-
-    def _sample(self, pair: Pair, rng: np.random.Generator) -> dict:
+            if not why:
+                break
+        else:
+            return {"failed": f"{MAX_TRIES} pairs in a row make no sample; the last: {why}"}
         *chosen, target = choose_keypoints(pair.matches, *(len(view["scores"]) for view in pair.views), self.choice,
-                                           rng, pair.unmatched)
+                                           np.random.default_rng([self.seed, k, 1 + attempt]), pair.unmatched)
         views = [{**view, **{name: view[name][rows] for name in ("keypoints", "scores", "descriptors")}}
                  for view, rows in zip(pair.views, chosen)]
-        return make_sample(views, target, pair.T_0to1, self.choice.max_keypoints)
+        sample = make_sample(views, target, pair.T_0to1, self.choice.max_keypoints)
+        return {**sample, "name": pair.name, "image_paths": pair.image_paths, "skipped": skipped}
 
 
-class StepBatches(Sampler):
+def step_batches(first_step: int, last_step: int, batch_size: int, rank: int = 0, world_size: int = 1
+                 ) -> Iterator[range]:
     """Sample numbers of each training step from `first_step` to `last_step`, for one process of the job.
 
-    Step s takes samples s * batch_size .. (s + 1) * batch_size - 1, dealt out evenly over the processes.
+    Step s takes samples s * batch_size .. (s + 1) * batch_size - 1, a block of them in each process, as neighbours may
+    be made of the same views.
     """
-
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.steps = range(first_step, last_step)
-        self.batch_size = batch_size
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            # a block each, as neighbours may be made of the same views
-            share = self.batch_size // self.world_size
-            first = step * self.batch_size + self.rank * share
-            yield list(range(first, first + share))
+    share = batch_size // world_size
+    for step in range(first_step, last_step):
+        first = step * batch_size + rank * share
+        yield range(first, first + share)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -323,14 +279,13 @@ def collate(samples: list[dict]) -> dict:
     failed = [sample for sample in samples if "failed" in sample]
     if failed:
         return failed[0]
-    arrays = [{key: value for key, value in sample.items() if key not in ("name", "image_paths", "skipped")}
-              for sample in samples]
+    full = np.ones(len(samples[0]["scores0"]), bool)
+    masks = {"mask0": full, "mask1": full} if any("mask0" in sample for sample in samples) else {}
+    others = ("name", "image_paths", "skipped")
+    arrays = [{**masks, **{key: sample[key] for key in sample if key not in others}} for sample in samples]
     for name in ("descriptors0", "descriptors1"):
         dtype = np.result_type(*(sample[name] for sample in arrays))
         arrays = [{**sample, name: sample[name].astype(dtype, copy=False)} for sample in arrays]
-    if any("mask0" in sample for sample in arrays):
-        full = np.ones(len(arrays[0]["scores0"]), bool)
-        arrays = [{"mask0": full, "mask1": full, **sample} for sample in arrays]
     return {**default_collate(arrays), "names": [sample["name"] for sample in samples],
             "image_paths": [sample["image_paths"] for sample in samples],
             "skipped": [entry for sample in samples for entry in sample["skipped"]]}
@@ -343,8 +298,9 @@ def _init_worker(_):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset: Dataset, batches: StepBatches, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches as from `collate`, in order of their steps, made by `workers` processes (0 = in this one)."""
+def make_loader(dataset: Dataset, batches: Iterator[range], workers: int, pin_memory: bool) -> DataLoader:
+    """Batches as from `collate` of the samples that `step_batches` gives, made by `workers` processes (0 = this one).
+    """
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_init_worker,
                       multiprocessing_context=_START if workers else None, pin_memory=pin_memory,
                       collate_fn=collate, prefetch_factor=4 if workers else None)

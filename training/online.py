@@ -83,7 +83,7 @@ class _ViewSource:
         views = [_view(self, group, attempt, index) for index in (2 * even, 2 * odd + 1)]
         # true matches by projection, from keypoints, depth, K and pose
         cameras = [(view["keypoints"], view["depth"], opencv_to_colmap_K(view["K"]), view["pose"]) for view in views]
-        matches, unmatched = self.labels.of(*cameras)
+        matches, unmatched = self.labels.label(*cameras)
         paths = tuple(view["image_path"] for view in views)
         pose = relative_pose(views[0]["pose"], views[1]["pose"]) if self.has_pose else None
         return Pair(f"{self.name}: {' '.join(sorted(set(paths)))}", views, matches, pose, paths, unmatched)

@@ -10,26 +10,27 @@ from training.online import PhotoSource, SceneSource, pairs_of_views
 MIN_MATCHES = 21  # true ones, of a pair made on the fly
 
 
-def _read_scenes(path) -> list[str] | None:
-    return read_lines(path) if path else None
-
-
-def _open_dump(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int,
-               labels: Labels | None = None) -> DumpSource:
-    source = DumpSource(path, _read_scenes(scene_list_fn), pairs_per_scene, seed, labels)
+def _open_dump(config: dict, path, scenes, pairs_per_scene: int, seed: int, labels: Labels | None) -> DumpSource:
+    source = DumpSource(path, scenes, pairs_per_scene, seed, labels)
     if source.feature_type != config["feature"]:
         raise InputError(f"{path} holds {source.feature_type} features, the config says feature {config['feature']}")
     return source
 
 
+def _choice(config: dict, **least: int) -> Choice:
+    names = ("max_keypoints", "min_inliers", "max_inliers", "random_inliers")
+    return Choice(**{name: config[name] for name in names}, **least)
+
+
 def dump_samples(config: dict, path, scene_list_fn, pairs_per_scene: int, seed: int) -> Samples:
     """Samples from the scenes of a dump that are in a list file (None: all)."""
-    source = _open_dump(config, path, scene_list_fn, pairs_per_scene, seed)
+    scenes = read_lines(scene_list_fn) if scene_list_fn else None
+    source = _open_dump(config, path, scenes, pairs_per_scene, seed, None)
     least, n = source.min_keypoints, config["max_keypoints"]
     if least < n:
         raise InputError(f"{path} admits images with {least} keypoints, a sample takes {n}: dump with --min_keypoints "
                          f"{n}, or train with max_keypoints {least}")
-    return Samples([source], Choice(n, config["min_inliers"], config["max_inliers"], config["random_inliers"]), seed)
+    return Samples([source], _choice(config), seed)
 
 
 def online_samples(config: dict) -> Samples:
@@ -38,17 +39,16 @@ def online_samples(config: dict) -> Samples:
     entries = config["online_sources"] or [{"path": config["base_path"], "scene_list_fn": config["scene_list_fn"]}]
     sources = []
     for entry in entries:
-        path, scene_list_fn = Path(entry["path"]), entry.get("scene_list_fn")
+        path, scenes = Path(entry["path"]), read_lines(entry["scene_list_fn"]) if entry.get("scene_list_fn") else None
         if not path.is_dir():
             raise InputError(f"{path} is not a folder: online training takes photographs, MegaDepth's layout or a dump")
         if manifest_path(path).is_file():
-            sources.append(_open_dump(config, path, scene_list_fn, config["pairs_per_scene"], config["seed"], labels))
+            sources.append(_open_dump(config, path, scenes, config["pairs_per_scene"], config["seed"], labels))
         elif (path / "scene_info").is_dir():
-            sources.append(SceneSource(path, _read_scenes(scene_list_fn), config))
+            sources.append(SceneSource(path, scenes, config))
         else:
             sources.append(PhotoSource(path, config))
-    choice = Choice(config["max_keypoints"], config["min_inliers"], config["max_inliers"], config["random_inliers"],
-                    config["min_keypoints"], MIN_MATCHES)
+    choice = _choice(config, min_keypoints=config["min_keypoints"], min_matches=MIN_MATCHES)
     weights = [float(entry.get("weight", 1)) for entry in entries]
     return Samples(sources, choice, config["seed"], weights, pairs_of_views(config))
 

@@ -13,12 +13,11 @@ BY_DEVICE = ("fused", "foreach")  # how an optimiser computes, which the device 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of Adam and AdamW, for each parameter
 
 
-def _is_json(value) -> bool:
+def _is_config(value) -> bool:
     try:
-        json.dumps(value)
+        return isinstance(value, dict) and bool(json.dumps(value))
     except (TypeError, ValueError, RecursionError):
         return False
-    return True
 
 
 def _are_names(value) -> bool:
@@ -31,7 +30,7 @@ def _are_bad_steps(value) -> bool:
 
 # name -> whether a value can be its, and what stands for a missing one: versions 1 and 2 did not have all of them
 ENTRIES = {
-    "config": (lambda value: isinstance(value, dict) and _is_json(value), None),
+    "config": (_is_config, None),
     "step": (is_count, None),
     "best": (lambda value: value is None or type(value) is float, None),
     "scenes": (_are_names, None),

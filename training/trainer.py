@@ -1,5 +1,7 @@
 """The training loop: build, step, validate, save, resume."""
 import contextlib
+import itertools
+import math
 import re
 import signal
 import sys
@@ -18,7 +20,7 @@ from tools.distributed import Job
 from tools.features import FEATURE_TYPES
 from tools.files import check_folder, remove_strays, write_json
 from tools.locks import locked
-from training.data import StepBatches, end_workers, make_loader
+from training.data import end_workers, make_loader, step_batches
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
 from training.start import branch_ends, published_start, warm_start
@@ -31,16 +33,14 @@ NAMED_PAIRS = 5  # in the message that ends such a run
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
                   "val_images", "do_eval", "eval_epochs", "precision", "compile"}
-SCALARS = ("loss", "matching_loss_corr", "matching_loss_incorr", "acc_corr", "acc_incorr", "total_acc_corr",
-           "total_acc_incorr", "total_matches")
+MATCHER_SETTINGS = ("norm_fn", "ac_fn", "with_sinkhorn", "sinkhorn_iterations", "match_threshold", "n_min_tokens")
 
 
 def parameter_groups(matcher, branch_lr: float) -> list[dict]:
     """What an optimiser takes: the last layers of residual branches and of the encoder learn at branch_lr times lr."""
-    last = [parameter for end in branch_ends(matcher) for parameter in end.parameters()]
-    of_last = set(map(id, last))
-    return [{"params": [parameter for parameter in matcher.parameters() if id(parameter) not in of_last], "share": 1.0},
-            {"params": last, "share": branch_lr}]
+    last = {id(parameter): parameter for end in branch_ends(matcher) for parameter in end.parameters()}
+    return [{"params": [parameter for parameter in matcher.parameters() if id(parameter) not in last], "share": 1.0},
+            {"params": list(last.values()), "share": branch_lr}]
 
 
 def learning_rate(config: dict, step: int) -> float:
@@ -54,30 +54,23 @@ def build(config: dict):
     """The matcher of a configuration, initialised from its seed."""
     torch.manual_seed(config["seed"])
     matcher = build_matcher(config["network"], descriptor_dim=FEATURE_TYPES[config["feature"]].dim,
-                            n_layers=config["layers"], norm_fn=config["norm_fn"], ac_fn=config["ac_fn"],
-                            with_sinkhorn=config["with_sinkhorn"], sinkhorn_iterations=config["sinkhorn_iterations"],
-                            match_threshold=config["match_threshold"], n_min_tokens=config["n_min_tokens"])
+                            n_layers=config["layers"], **{key: config[key] for key in MATCHER_SETTINGS})
     if config["weight_path"]:
         load_weights(matcher, load_checkpoint(config["weight_path"])["model"], config["weight_path"])
-    elif config["init"] == "published":
-        published_start(matcher)
     elif config["init"] == "warm":
         warm_start(matcher)
+    else:
+        published_start(matcher)
     return matcher
 
 
-def _without_paths(key: str, value):
-    """What a setting says besides where things are."""
-    if key == "online_sources" and isinstance(value, list):
-        return [{name: entry[name] for name in entry if name not in ("path", "scene_list_fn")}
-                if isinstance(entry, dict) else entry for entry in value]
+def _without_paths(value):
+    """A setting's value without the places that an entry of online_sources names."""
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: entry for name, entry in value.items() if name not in ("path", "scene_list_fn")}
     return value
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # a sample-making process hands on the text of its error alone
-    words = ("MemoryError", "can't allocate memory", "killed by signal: Killed")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in words)
 
 
 class Trainer:
@@ -91,16 +84,15 @@ class Trainer:
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
         latest = self.folder / "latest.pth"
-        # from save_path itself it resumes if there is anything
-        goes_on = config["resume_path"] and (Path(config["resume_path"]) != self.folder or latest.exists())
+        resumes = config["resume_path"] and (Path(config["resume_path"]) != self.folder or latest.exists())
         self.samples = training_samples(config)
         self.val_samples = validation_samples(config, self.samples.scenes)
         self.epoch_steps = config["its_per_epoch"]
         if self.epoch_steps == -1:
             self.epoch_steps = max(1, self.samples.draw_size // config["batch_size"])
 
-        # the weights of a run that is resumed are in its checkpoint
-        self.model = build({**config, "weight_path": None, "init": "published"} if goes_on else config)
+        # the weights of a run that is resumed are in its checkpoint, and weight_path may have gone
+        self.model = build({**config, "weight_path": None} if resumes else config)
         if config["norm_fn"] == "bn" and job.world_size > 1:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(job.device)
@@ -110,28 +102,26 @@ class Trainer:
             parameters = parameter_groups(self.model, config["branch_lr"])
         self.optimizer = kind(parameters, lr=config["lr"], fused=job.device.type == "cuda")
         self.step, self.best = 0, None
+        self.monitor = self.batches = None
+        self.stop = threading.Event()
         self.validation_due = False  # of the epoch that ended at this step
         self.bad = []  # of this epoch: steps whose loss was not finite, and their pairs
         self.skipped = Counter()  # (source, reason) of pairs that could not be read, up to this step
-        if goes_on:
+        if resumes:
             self.resume(config["resume_path"])
         elif latest.exists():
             raise InputError(f"{self.folder} holds a run: give --resume_path {self.folder} to resume it, or "
                              "another save_path")
         if config["compile"]:
             self.model.compile()
-        self.parallel = self.model
-        if job.world_size > 1:
-            self.parallel = DistributedDataParallel(self.model)
-        self.monitor = self.batches = None
-        self.stop = threading.Event()
+        self.parallel = DistributedDataParallel(self.model) if job.world_size > 1 else self.model
 
     def resume(self, path) -> None:
         """Resume from a checkpoint, or from the latest of a run's folder."""
         content = read_state(path)
         path = content["path"]
         for key, value in content["config"].items():
-            if key not in FREE_IN_RESUME and _without_paths(key, value) != _without_paths(key, self.config.get(key)):
+            if key not in FREE_IN_RESUME and _without_paths(value) != _without_paths(self.config.get(key)):
                 raise InputError(f"{path} was trained with {key} {value}, now it is {self.config.get(key)}: give the "
                                  "same, or start a new run with weight_path")
         load_weights(self.model, content["model"], path)
@@ -182,11 +172,10 @@ class Trainer:
             write_json(self.folder / "config.json", config)
             self.monitor = Monitor(self.folder, self.step, config["batch_size"])
         last_step = config["epochs"] * self.epoch_steps
-        minutes = config["max_minutes"]
-        self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.deadline = time.monotonic() + 60 * (config["max_minutes"] or math.inf)
         if self.validation_due:
             self._end_epoch(self.step // self.epoch_steps - 1)
-        steps = StepBatches(self.step, last_step, config["batch_size"], job.rank, job.world_size)
+        steps = step_batches(self.step, last_step, config["batch_size"], job.rank, job.world_size)
         workers = -(-config["workers"] // job.world_size)
         self.batches = iter(make_loader(self.samples, steps, workers, job.device.type == "cuda"))
         batch = self._next_batch()
@@ -195,16 +184,16 @@ class Trainer:
             end = min((epoch + 1) * self.epoch_steps, last_step)
             if self.monitor:
                 self.monitor.begin_epoch(epoch, self.step % self.epoch_steps, self.epoch_steps)
-            how = ""
-            while self.step < end and not how:
-                batch, how = self._step(batch)
+            outcome = ""
+            while self.step < end and not outcome:
+                batch, outcome = self._step(batch)
             if self.monitor:
                 self.monitor.end_epoch(self.step)
             if self.step == end:
                 self._end_epoch(epoch)
-            if how:
+            if outcome:
                 self.save("latest")
-                return how
+                return outcome
         return "finished"
 
     def _end_epoch(self, epoch: int) -> None:
@@ -270,21 +259,19 @@ class Trainer:
         """Leave out a step whose loss or gradient is not finite, in all processes; too many in an epoch end the run."""
         inputs = [value for value in batch.values() if value.is_floating_point()]
         spoilt = [name for i, name in enumerate(names) if not all(bool(value[i].isfinite().all()) for value in inputs)]
-        gathered = list(zip(*self.job.gather((spoilt, names))))
-        everywhere = [[name for of_process in lists for name in of_process] for lists in gathered]
-        self.bad.append([self.step, everywhere[0] or everywhere[1]])
+        spoilt, names = (list(itertools.chain(*lists)) for lists in zip(*self.job.gather((spoilt, names))))
+        self.bad.append([self.step, spoilt or names])
         if len(self.bad) >= MAX_BAD_STEPS:
             counts = Counter(name for _, pairs in self.bad for name in pairs).most_common(NAMED_PAIRS)
             raise InputError(f"the loss was not finite in {MAX_BAD_STEPS} steps of one epoch (step {self.step}): lower "
                              f"lr, or look at these pairs: {', '.join(name for name, _ in counts)}")
 
     def _log(self, out: dict, values: dict, waited: float) -> None:
-        names = [name for name in (*SCALARS, "pose_loss", "pose_samples") if name in out]
         each = out["per_iteration"]
-        # one reduction for all of them
+        names = ["loss", *each]
         flat = torch.cat([torch.stack([out[name].detach().float() for name in names]),
                           *(value.float() for value in each.values())])
-        flat = self.job.mean(flat).cpu().numpy()
+        flat = self.job.mean(flat).cpu().numpy()  # one reduction for all of them
         if self.monitor:
             arrays = flat[len(names):].reshape(len(each), -1)
             values |= {"skipped_steps": len(self.bad), **dict(zip(names, flat.tolist()))}
@@ -298,22 +285,19 @@ class Trainer:
             numbers, skipped = validate(self.model, self.val_samples, self.job, config["val_pairs"],
                                         config["batch_size"], with_pose)
         self.skipped.update(skipped)
-        is_best = numbers["loss"] < (float("inf") if self.best is None else self.best)  # never if it is nan
+        is_best = numbers["loss"] < (math.inf if self.best is None else self.best)  # never if it is nan
         if is_best:
             self.best = numbers["loss"]
         if self.monitor:
             self.monitor.log_validation(self.step, numbers)
-            if with_pose and config["val_images"]:
-                self._draw_matches()
+        if self.monitor and with_pose and config["val_images"]:
+            try:
+                with self._autocast():
+                    pictures = match_pictures(self.model, self.val_samples, config["val_images"], self.job.device)
+                self.monitor.log_pictures(self.step, pictures)
+            except InputError as error:  # which is no reason to end a run
+                print(f"no pictures of matches: {error}", file=sys.stderr)
         return is_best
-
-    def _draw_matches(self) -> None:
-        try:
-            with self._autocast():
-                pictures = match_pictures(self.model, self.val_samples, self.config["val_images"], self.job.device)
-            self.monitor.log_pictures(self.step, pictures)
-        except InputError as error:  # which is no reason to end a run
-            print(f"no pictures of matches: {error}", file=sys.stderr)
 
 
 def train(config: dict, job: Job) -> tuple[str, list]:
@@ -321,23 +305,25 @@ def train(config: dict, job: Job) -> tuple[str, list]:
 
     Returns how it ended, and what could not be read, as (source, reason) pairs.
     """
+    folder = Path(config["save_path"])
+    check_folder(folder)
+    lock = contextlib.nullcontext()
+    if job.is_main:
+        lock = locked(folder / ".lock", f"another training writes to {folder}: give another save_path")
     try:
-        with contextlib.ExitStack() as stack:
-            folder = Path(config["save_path"])
-            check_folder(folder)
-            if job.is_main:
-                stack.enter_context(locked(folder / ".lock", f"another training writes to {folder}: give another "
-                                           "save_path"))
+        with lock:
             trainer = Trainer(config, job)
-            how = trainer.run()
+            outcome = trainer.run()
     except (MemoryError, RuntimeError) as error:
         if "shared memory" in str(error):
             raise InputError("shared memory (/dev/shm) is full of samples: start the container with docker run "
                              "--shm-size 4g or --ipc=host, or lower workers or batch_size") from None
-        if not _is_out_of_memory(error):
+        # a sample-making process hands on the text of its error alone
+        words = ("MemoryError", "can't allocate memory", "killed by signal: Killed")
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)):
             raise
         raise InputError(f"out of memory with batch_size {config['batch_size']} over {job.world_size} processes, "
                          f"max_keypoints {config['max_keypoints']}, workers {config['workers']}: lower one of them"
                          ) from None
     skipped = sum(job.gather(trainer.skipped), Counter())
-    return how, [(source, f"{reason} ({count} times)") for (source, reason), count in sorted(skipped.items())]
+    return outcome, [(source, f"{reason} ({count} times)") for (source, reason), count in sorted(skipped.items())]

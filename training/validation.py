@@ -10,7 +10,7 @@ from tools.files import read_image
 from tools.metrics import epipolar_error, pose_auc, pose_error
 from tools.pose import estimate_pose
 from tools.visualize import draw_matches
-from training.data import Samples, StepBatches, collate, make_loader
+from training.data import Samples, collate, make_loader, step_batches
 
 POSE_THRESHOLD = 3.0  # pixels, of the estimator
 AUC_THRESHOLDS = (5, 10, 20)  # degrees
@@ -23,31 +23,21 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}
 
 
-def _matches_of(batch: dict, matches0: torch.Tensor, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices in view 0 and view 1 of the matches of sample i."""
+def _matched(batch: dict, matches0: torch.Tensor, i: int, name: str) -> list[np.ndarray]:
+    """`name`0 and `name`1 of the matched keypoints of sample i, row by row."""
     matches = matches0[i].cpu().numpy()
     rows = np.flatnonzero(matches >= 0)
-    return rows, matches[rows]
+    return [batch[f"{name}0"][i].numpy()[rows], batch[f"{name}1"][i].numpy()[matches[rows]]]
 
 
 def _pose_errors(batch: dict, matches0: torch.Tensor) -> list[float]:
     """Pose error in degrees, inf where there is no pose, of each sample."""
     errors = []
     for i in range(len(matches0)):
-        rows0, rows1 = _matches_of(batch, matches0, i)
-        K0, K1 = batch["K0"][i].double().numpy(), batch["K1"][i].double().numpy()
-        pose = estimate_pose(batch["keypoints0"][i].numpy()[rows0], batch["keypoints1"][i].numpy()[rows1], K0, K1,
-                             POSE_THRESHOLD)
-        T_0to1 = batch["T_0to1"][i].double().numpy()
+        K0, K1, T_0to1 = (batch[name][i].double().numpy() for name in ("K0", "K1", "T_0to1"))
+        pose = estimate_pose(*_matched(batch, matches0, i, "keypoints"), K0, K1, POSE_THRESHOLD)
         errors.append(np.inf if pose is None else max(pose_error(T_0to1, *pose[:2])))
     return errors
-
-
-def _read(batch: dict) -> dict:
-    """A batch as from `collate`; InputError if there was none to be had."""
-    if "failed" in batch:
-        raise InputError(f"validation: {batch['failed']}")
-    return batch
 
 
 @torch.no_grad()
@@ -59,9 +49,11 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
     Returns them, and (source, reason) of the pairs that this process could not read. InputError if it could read none.
     """
     n_batches = max(1, min(n_samples, samples.draw_size) // batch_size)
-    batches = StepBatches(0, n_batches, batch_size, job.rank, job.world_size)
+    batches = step_batches(0, n_batches, batch_size, job.rank, job.world_size)
     totals, errors, skipped = torch.zeros(4, dtype=torch.float64), [], []
-    for batch in map(_read, make_loader(samples, batches, 0, False)):
+    for batch in make_loader(samples, batches, 0, False):
+        if "failed" in batch:
+            raise InputError(f"validation: {batch['failed']}")
         skipped += batch["skipped"]
         tensors = to_device(batch, job.device)
         out = model(tensors)
@@ -74,8 +66,7 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
     loss, right, predicted, true = job.mean(totals.to(job.device, torch.float32)).tolist()
     numbers = {"loss": loss / n_batches, "precision": right / max(predicted, 1e-9), "recall": right / max(true, 1e-9)}
     if with_pose:
-        errors = [error for of_process in job.gather(errors) for error in of_process]
-        aucs = pose_auc(errors, AUC_THRESHOLDS)
+        aucs = pose_auc(np.concatenate(job.gather(errors)), AUC_THRESHOLDS)
         numbers |= {f"auc{threshold}": auc for threshold, auc in zip(AUC_THRESHOLDS, aucs)}
     return numbers, skipped
 
@@ -88,12 +79,11 @@ def match_pictures(model, samples: Samples, images, device: torch.device) -> lis
     """
     pictures = []
     for k in range(min(N_PICTURES, samples.draw_size)):
-        batch = _read(collate([samples[k]]))
-        rows0, rows1 = _matches_of(batch, model(to_device(batch, device))["matches0"], 0)
-        x0, x1 = (batch[f"camera_keypoints{v}"][0].numpy()[rows] for v, rows in (("0", rows0), ("1", rows1)))
-        (paths,) = batch["image_paths"]
-        pictures.append(draw_matches(
-            *(read_image(Path(images) / path) for path in paths), batch["keypoints0"][0].numpy()[rows0],
-            batch["keypoints1"][0].numpy()[rows1], ["   ".join(paths)],
-            errors=epipolar_error(x0, x1, batch["E"][0].double().numpy())))
+        batch = collate([samples[k]])
+        if "failed" in batch:
+            raise InputError(batch["failed"])
+        matches0, (paths,) = model(to_device(batch, device))["matches0"], batch["image_paths"]
+        errors = epipolar_error(*_matched(batch, matches0, 0, "camera_keypoints"), batch["E"][0].double().numpy())
+        pictures.append(draw_matches(*(read_image(Path(images) / path) for path in paths),
+                                     *_matched(batch, matches0, 0, "keypoints"), ["   ".join(paths)], errors=errors))
     return pictures
