@@ -13,8 +13,7 @@ and gets, scene by scene, what exists being kept:
     scene_info/<scene>.0.npz
 
 It may be stopped at any moment, and resumes at the scene it was at. A folder Undistorted_SfM/<scene> made elsewhere,
-its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Shards, one a machine, get whole scenes, and
-whoever is at one holds its lock. Memory: the COLMAP model of one scene.
+its model in text or binary, will do instead of MegaDepth_v1_SfM/<scene>. Memory: the COLMAP model of one scene.
 """
 import argparse
 import contextlib

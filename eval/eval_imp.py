@@ -86,7 +86,8 @@ def _draw_pair(pair: EvalPair, images, method: str, found: PairMatches, result: 
         title.append(f"{off} off; {result.n_inliers} inliers" if np.isfinite(result.error) else
                      f"no {'pose' if pair.H_0to1 is None else 'homography'} found")
     errors, threshold = errors_to_draw(pair, found.matches)
-    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, errors, found.scores, threshold)
+    inliers = np.zeros(len(found.matches), bool) if found.pose is None else found.pose[-1]
+    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, errors, inliers, threshold)
 
 
 def build_pair_set(args):

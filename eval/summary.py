@@ -212,8 +212,9 @@ def write_results(path, settings: dict, summaries: dict[tuple[PoseSetting, str |
                       "skipped": [{"pair": name, "reason": reason} for name, reason in skipped]})
 
 
-def _write_csv(path, rows: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+def write_csv(path, rows: list[dict]) -> None:
+    """Write rows of the same keys as a table, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -230,7 +231,7 @@ def _each(results: Results):
 
 def write_pairs_csv(path, results: Results) -> None:
     """Write a line per pair, method and estimator; empty where the ground truth is not known."""
-    _write_csv(path, [{
+    write_csv(path, [{
         **key, "error": row.error, "error_R": row.error_R, "error_t": row.error_t, "keypoints0": row.n_keypoints0,
         "keypoints1": row.n_keypoints1, "matches": row.n_matches, "inliers": row.n_inliers, "precision": row.precision,
         "matching_score": row.matching_score, "epipolar_mean": row.epipolar_mean,
@@ -242,7 +243,7 @@ def write_pairs_csv(path, results: Results) -> None:
 
 def write_iterations_csv(path, results: Results) -> None:
     """Write a line for each time that the loop read the matches of a pair."""
-    _write_csv(path, [{
+    write_csv(path, [{
         **key, "iterations": step.iterations, "kept0": step.kept0, "kept1": step.kept1, "matches": step.n_matches,
         "inliers": step.n_inliers, "error": step.error, "error_R": step.error_R, "error_t": step.error_t,
         "precision": step.precision} for key, row in _each(results) for step in row.steps])

@@ -136,7 +136,14 @@ def translation_is_determined(points0, points1, K0, K1, R, threshold: float) -> 
         weights = 1 / np.maximum(distances(R), threshold)
         U, _, Vt = np.linalg.svd((rays1 * weights[:, None]).T @ rays0)
         R = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
-    left = distances(R)
+    return stand_out(distances(R), threshold)
+
+
+def stand_out(left: np.ndarray, threshold: float) -> bool:
+    """Whether too many of inliers' distances (N,) in pixels from a simpler model are more than noise.
+
+    threshold: of inliers, in pixels.
+    """
     # of noise, half are within 1.18 standard deviations and 0.2% beyond 3.5; along an epipolar line it may be larger
     # than what makes an inlier, but not much
     noise = np.clip(np.median(left) / 1.18, threshold, 2 * threshold) if len(left) else threshold
