@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.colmap_database import Database, import_pycolmap, known_K, two_view_geometry
+from eval.colmap_database import Database, known_K, two_view_geometry
 from eval.image_matcher import ImageMatcher, LoadedImage, focal_K
 from eval.match_images import add_matcher_options, build_matcher, camera_matrix, find_images
 from tools.cli import InputError, number, reason, report_skipped, run, whole_number
+from tools.extras import import_pycolmap
 from tools.files import atomic_path, below, check_file, check_folder, read_json, remove_strays, write_json
 from tools.geometry import is_camera_matrix, opencv_to_colmap_K
 from tools.locks import locked

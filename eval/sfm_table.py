@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.colmap_database import Database, import_pycolmap
+from eval.colmap_database import Database
 from eval.export_colmap import ImageSet, export, map_images
 from eval.image_matcher import ImageMatcher
 from tools.cli import InputError, report_skipped, run, whole_number
+from tools.extras import import_pycolmap
 from tools.files import check_folder, read_json, write_json
 from tools.geometry import colmap_to_opencv_K, relative_pose
 from tools.metrics import pose_error

@@ -31,6 +31,7 @@ SETTINGS = {"matching_method": "NN_ratio", "feature_type": "sift", "max_keypoint
 RATIO = [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value)]
 
 
+WEIGHTS = Path(__file__).parents[1] / "weights/imp_sift_open.pth"
 WALK = [make_pose(Rotation.from_rotvec([0, 5 * i, 0], degrees=True).as_matrix(), [-0.45 * i, 0.1 * (i % 2), 0])
         for i in range(5)]
 
@@ -110,6 +111,19 @@ def test_the_database_holds_what_was_matched(scene, tmp_path):
             T = geometry.cam2_from_cam1.matrix()
             assert max(pose_error(T_0to1, T[:, :3], T[:, 3])) < 5
             assert len(geometry.inlier_matches) >= 30
+
+
+def test_pairs_are_those_of_iterative_matching(scene, tmp_path):
+    write_pair_list(tmp_path / "pairs.txt", [make_pair(0, 2)])
+    options = {**SETTINGS, "matching_method": "IMP", "weights": str(WEIGHTS), "max_keypoints": 300}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert command(scene / "images", tmp_path / "out", "--pairs", tmp_path / "pairs.txt", *words) == 0
+    found = ImageMatcher(**options)(*(scene / "images" / NAMES[i] for i in (0, 2)), CAMERAS[0], CAMERAS[2])
+    assert found.steps and found.R is not None
+    with Database(tmp_path / "out/database.db") as database:
+        np.testing.assert_array_equal(database.db.read_matches(1, 2), found.matches)
+        np.testing.assert_array_equal(database.db.read_two_view_geometry(1, 2).inlier_matches,
+                                      found.matches[found.inliers])
 
 
 def test_few_inliers_leave_no_two_view_geometry(scene, tmp_path):
@@ -380,7 +394,7 @@ def test_no_model_is_said(photos, tmp_path, capsys):
 def test_without_pycolmap(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycolmap", None)
     assert command(photos, tmp_path / "out", *RATIO) == 2
-    assert capsys.readouterr().err == "error: pycolmap is missing: pip install '.[colmap]'\n"
+    assert capsys.readouterr().err == "error: pycolmap is not installed: pip install '.[colmap]'\n"
 
 
 def test_mistakes_are_one_line(photos, tmp_path, capsys):
