@@ -134,7 +134,7 @@ class ImageMatches:
         errors = (None, None) if self.R is None or self.T_0to1 is None else pose_error(self.T_0to1, self.R, self.t)
         return {"image0": self.view0.name, "image1": self.view1.name, "verdict": self.verdict, "remark": self.remark,
                 "keypoints0": len(self.keypoints0), "keypoints1": len(self.keypoints1), "matches": len(matches),
-                "inliers": int(np.sum(inliers)), "cameras": f"{self.K_source0}, {self.K_source1}",
+                "inliers": int(np.sum(inliers)), "K_source0": self.K_source0, "K_source1": self.K_source1,
                 "rotation": None if self.R is None else round(rotation_angle(self.R), 2),
                 "translation_determined": None if self.verdict == "none" else self.translation_determined,
                 "error_R": errors[1], "error_t": errors[0],
