@@ -161,7 +161,8 @@ def test_a_quick_search_of_poselib_tries_strong_matches_first_and_not_for_long(m
     R, t, _ = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, 1 - scores, quick=True)
     assert max(pose_error(T_0to1, R, t)) > 5
     estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores)
-    assert draws[:2] == [PROSAC_ITERATIONS] * 2 and draws[2] > PROSAC_ITERATIONS
+    least, most = PROSAC_ITERATIONS
+    assert least <= draws[0] < most and draws[1] == most and draws[2] > most
 
 
 def test_a_camera_that_turned_on_the_spot_has_its_rotation_by_pycolmap_too():
