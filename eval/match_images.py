@@ -34,7 +34,7 @@ from eval.image_matcher import ImageMatcher, focal_K
 from eval.image_matches import ImageMatches, LoadedImage, describe_pose
 from eval.match_report import count_verdicts, write_report
 from eval.methods import MATCHERS
-from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
+from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
@@ -258,15 +258,8 @@ def describe(found: ImageMatches) -> str:
     return "\n".join([*lines, line, describe_pose(found)])
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
-    parser.add_argument("images", nargs="+", metavar="INPUT",
-                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
-    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
-    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                        help="camera of the first image, for the image as stored; without --K1: of all images")
-    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
-    parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
+def add_matcher_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `build_matcher` takes, which commands on images of one's own share."""
     parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
@@ -276,22 +269,44 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="all matches of the last iteration, no poses on the way")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
                         help="of the pose (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=1.0,
+    parser.add_argument("--threshold", type=number(1e-6), default=1.0,
                         help="of the pose's inliers, pixels of the images as matched (default: %(default)s)")
     parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
                         help="of an image (default: %(default)s)")
     parser.add_argument("--resize", type=whole_number(1), default=1600, metavar="PIXELS",
                         help="longer side at which images are matched, at most (default: %(default)s)")
-    parser.add_argument("--draw_iterations", action="store_true",
-                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """(3, 3)."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def build_matcher(args: argparse.Namespace, model: tuple) -> ImageMatcher:
+    """The `ImageMatcher` of the command line, and say which it is; model: method, features and weights, or None."""
+    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold, args.one_shot,
+                           args.seed, args.device, args.feature_weights)
+    used = matcher.settings
+    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    return matcher
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
+    parser.add_argument("images", nargs="+", metavar="INPUT",
+                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
+    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
+    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                        help="camera of the first image, for the image as stored; without --K1: of all images")
+    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
+    parser.add_argument("--focal", type=number(1e-6), help="focal length of all images in pixels, instead of --K0")
+    add_matcher_options(parser)
+    parser.add_argument("--draw_iterations", action="store_true",
+                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--save_path", default="runs/matches", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("focal", "threshold"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < np.inf:
-            parser.error(f"--{name} {value}: must be more than 0")
     for name in ("K0", "K1"):
         value = getattr(args, name)
         if value is not None and not (np.isfinite(value).all() and min(value[:2]) > 0):
@@ -313,16 +328,12 @@ def main(argv=None) -> int:
     pairs, image_dir = find_pairs(args.images, args.image_dir)
     if args.K1 and len(args.images) != 2:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
-    K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
-              for K in (args.K0, args.K1 or args.K0))
+    K0, K1 = (None if K is None else camera_matrix(*K) for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
     model = args.matching_method, args.feature_type, args.weights
     if not any(model):
         model = model_used_before(save_path) or model
-    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold,
-                           args.one_shot, args.seed, args.device, args.feature_weights)
-    used = matcher.settings
-    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    matcher = build_matcher(args, model)
 
     if len(pairs) == 1:
         (pair,) = pairs
