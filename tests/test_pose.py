@@ -163,7 +163,7 @@ def test_a_quick_search_of_poselib_tries_strong_matches_first_and_not_for_long(m
     estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores)
     estimate_pose(keypoints0[right], keypoints1[right], K0, K1, 1.0, "poselib", 0, scores[right], quick=True)
     least, most = PROSAC_ITERATIONS
-    assert draws[:2] == [most] * 2 and draws[2] > most and draws[3] == least
+    assert draws[:2] == [most] * 2 and draws[2] > most and least <= draws[3] < most
 
 
 def test_a_camera_that_turned_on_the_spot_has_its_rotation_by_pycolmap_too():
