@@ -3,11 +3,9 @@
     python3 -m dump.dump --config configs/yfcc_eval_sift.yaml [--raw_data_dir DIR] [--output FILE] [--KEY VALUE ...]
                          [--workers 8] [--shard 0/4]
 
-A YAML file of the original (data_name, rawdata_dir, ..., extractor: {name, num_kpt, ...}) is read as it is.
-
-docs/formats.md lists what the file holds. A pair of which an image, its camera or its pose cannot be read is left out,
-and the numbers close up. Depth is for images that have a depth map: YFCC test/depths/<image stem>.h5, ScanNet
-depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
+A YAML file of the original is read as it is. docs/formats.md lists what the HDF5 file holds. A pair of which an image,
+its camera or its pose cannot be read is left out, and the numbers close up. Depth is for images that have a depth map:
+YFCC test/depths/<image stem>.h5, ScanNet depth/<N>.png (16-bit millimetres) or depth/<N>.h5.
 
 It may be stopped at any moment: the features of each image wait in OUTPUT.parts/, from which the next run resumes, and
 the HDF5 file appears when it is whole. The folder goes when nothing had to be left out.

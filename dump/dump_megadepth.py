@@ -7,14 +7,8 @@ pairs (dump/matches.py). It may be stopped at any moment, and resumes with a res
 appears whole or not at all, pairs are tried in a fixed order, and a scene is complete when OUT/scenes/<scene>.json is
 there. `tools/manifest.py` describes the folder and reads it.
 
-Shards, one a machine, get whole scenes, every N-th; all N, at once or one after the other, end with the bytes of one
-run without them. Whoever writes a scene holds its lock. The bytes of networks' features are those of one model of
-processor, or GPU: others round otherwise.
-
-Memory does not grow with the number of images and pairs of a scene, but for its scene_info while the pairs are chosen
-(0.4 KB for each observation of a 3D point, and three matrices), then 100 bytes a pair and 10 KB an image. Per worker:
-one image with its depth, and 1 or 2 GB of features at 1600x1200; VIEWS_KEPT views of about 50 KB while matching. With
-a GPU, images (2 * workers and a batch) and the network are in the parent alone.
+Whoever writes a scene holds its lock. The bytes of networks' features are those of one model of processor, or GPU:
+others round otherwise. docs/megadepth.md: several machines, time and memory.
 """
 import argparse
 import sys
@@ -26,7 +20,7 @@ import numpy as np
 
 from dump.command import add_common_options, finish_report, report_verified, writing
 from dump.features import extract_missing, extractor
-from dump.keypoints import ImageTask, Recipe, recipe_of
+from dump.keypoints import ImageTask, Recipe
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
 from dump.verify import verify_dump
 from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
@@ -188,7 +182,7 @@ def main(argv=None) -> int:
         parser.error("--feature_type and --base_path are needed")
 
     stop_on_sigterm()
-    recipe = recipe_of(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device, **{
+    recipe = Recipe(args.feature_type, args.min_keypoints, args.descriptor_dtype, args.device, **{
         action.dest: getattr(args, action.dest) for action in settings if action.dest in args})
     started, shard = time.perf_counter(), parse_shard(args.shard)
     with writing(f"to {args.save_path}"):

@@ -13,35 +13,24 @@ from tools.manifest import FORMAT, VERSION
 from tools.records import KEYPOINT_FIELDS, write_record
 
 
-@dataclass(frozen=True)
 class Recipe:
-    """Everything that a record depends on besides the data; `manifest` is what the dump keeps of it."""
+    """Everything that a record depends on besides the data; `manifest` is what the dump keeps of it.
 
-    feature_type: str
-    extractor: dict  # keyword arguments of the extractor
-    min_keypoints: int = 1024
-    descriptor_dtype: str = "float16"
-    device: str = "auto"  # for networks; not part of the manifest
+    settings: of the extractor, where they differ from the published ones; InputError for one that it does not have.
+    """
 
-    @property
-    def extraction(self) -> tuple:
-        """Arguments of `dump.features.extractor`."""
-        return self.feature_type, self.extractor, self.device
+    def __init__(self, feature_type: str, min_keypoints: int = 1024, descriptor_dtype: str = "float16",
+                 device: str = "auto", **settings):
+        defaults = FEATURE_TYPES[feature_type].dump_settings
+        for name in sorted(set(settings) - set(defaults)):
+            raise InputError(f"--{name} is not a setting of {feature_type}: it has {', '.join(defaults)}")
+        self.feature_type, self.min_keypoints, self.descriptor_dtype = feature_type, min_keypoints, descriptor_dtype
+        self.extraction = feature_type, {**defaults, **settings}, device  # arguments of dump.features.extractor
 
     def manifest(self) -> dict:
         return {"format": FORMAT, "version": VERSION, "feature_type": self.feature_type,
-                "settings": {**self.extractor, **weights_of(self.extraction), "min_keypoints": self.min_keypoints,
+                "settings": {**self.extraction[1], **weights_of(self.extraction), "min_keypoints": self.min_keypoints,
                              "descriptor_dtype": self.descriptor_dtype, "inlier_th": INLIER_TH}}
-
-
-def recipe_of(feature_type: str, min_keypoints: int = 1024, descriptor_dtype: str = "float16", device: str = "auto",
-              **settings) -> Recipe:
-    """The published recipe with some `settings` of the extractor changed; InputError for one it does not have."""
-    defaults = FEATURE_TYPES[feature_type].dump_settings
-    foreign = sorted(set(settings) - set(defaults))
-    if foreign:
-        raise InputError(f"--{foreign[0]} is not a setting of {feature_type}: it has {', '.join(defaults)}")
-    return Recipe(feature_type, {**defaults, **settings}, min_keypoints, descriptor_dtype, device)
 
 
 @dataclass(frozen=True)

@@ -127,14 +127,6 @@ def marker_path(save_path, scene) -> Path:
     return Path(save_path) / "scenes" / f"{scene}.json"
 
 
-def find_photographs(folder) -> list[str]:
-    """Every picture under `folder` that OpenCV reads, sorted."""
-    found = [str(path) for path in sorted(Path(folder).rglob("*")) if path.is_file() and cv2.haveImageReader(str(path))]
-    if not found:
-        raise InputError(f"--textures: no pictures that OpenCV reads under {folder}")
-    return found
-
-
 def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed=0, textures=None, layouts=LAYOUTS,
                 pairs=50, workers=None, first_scene=0) -> list[str]:
     """Make scenes first_scene .. first_scene + scenes - 1 under `save_path`, those that are not there yet.
@@ -149,7 +141,10 @@ def make_scenes(save_path, scenes=10, images_per_scene=40, size=(640, 480), seed
         raise InputError("need --size of at least 64 64, --seed >= 0, --pairs >= 0 and --workers >= 1")
     if not layouts or set(layouts) - set(LAYOUTS):
         raise InputError(f"--layouts: choose among {' '.join(LAYOUTS)}")
-    photographs = find_photographs(textures) if textures else []
+    paths = sorted(Path(textures).rglob("*")) if textures else []
+    photographs = [str(path) for path in paths if path.is_file() and cv2.haveImageReader(str(path))]
+    if textures and not photographs:
+        raise InputError(f"--textures: no pictures that OpenCV reads under {textures}")
     save_path, layouts = Path(save_path), [layout for layout in LAYOUTS if layout in layouts]
     check_folder(save_path)
     settings_path = save_path / "make_scenes.json"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tools.cli import InputError, reason
-from tools.locks import InUse, locked
+from tools.locks import locked
 
 
 def add_scene_shard(parser) -> None:
@@ -46,8 +46,6 @@ def run_scenes(scenes, folder, process, busy: str = "another process writes",
         try:
             with locked(Path(folder) / f".{scene}.lock", f"{busy} scene {scene} of {folder}: {remedy}"):
                 results[scene] = process(scene)
-        except InUse:
-            raise
         except Exception as error:
             skipped.append((scene, reason(error)))
     return results, skipped

@@ -14,7 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.image_matcher import ImageMatcher, describe_pose
+from eval.image_matcher import ImageMatcher
+from eval.image_matches import describe_pose
 from eval.methods import MATCHERS
 from tools.cli import MOST_KEYPOINTS, InputError, run, whole_number
 from tools.files import check_folder

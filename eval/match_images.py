@@ -12,7 +12,8 @@ returned (K, keypoints, sizes, pose) is for the images as stored, at full size, 
 cv2.IMREAD_IGNORE_ORIENTATION and how Pillow opens them.
 
 For each pair, --save_path gets NAME0_NAME1.png and NAME0_NAME1.npz, which np.load reads without pickle;
-docs/formats.md lists its arrays.
+docs/formats.md lists its arrays. Several pairs also get a table, pairs.csv, and a page, index.html. Each pair has a
+verdict: trusted, doubtful, or none; without cameras it is on a fundamental matrix.
 """
 import argparse
 import contextlib
@@ -29,9 +30,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.image_matcher import ImageMatcher, ImageMatches, LoadedImage, describe_pose, focal_K
+from eval.image_matcher import ImageMatcher, focal_K
+from eval.image_matches import ImageMatches, LoadedImage, describe_pose
+from eval.match_report import count_verdicts, write_report
 from eval.methods import MATCHERS
-from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
+from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
@@ -148,17 +151,20 @@ def write_pair(found: ImageMatches, path: Path, settings: dict, with_iterations:
     return files
 
 
-def is_complete(path: Path, settings: dict, images: list[Path]) -> bool:
-    """Whether `write_pair` wrote to `path` with these settings, and after the images and the weights were made."""
+def read_complete(path: Path, settings: dict, images: list[Path]) -> dict | None:
+    """The summary that `write_pair` wrote to `path`; None unless it was made with these settings, and after the images
+    and the weights were made."""
     sources = [*images, *([Path(settings["weights"])] if settings["weights"] else [])]
     try:
         made = min(Path(f"{path}{end}").stat().st_mtime for end in (".png", ".npz"))
         check_file(f"{path}.npz")
         with np.load(f"{path}.npz") as content:
-            return json.loads(str(content["settings"])) == settings and all(
-                source.stat().st_mtime <= made for source in sources)
+            if json.loads(str(content["settings"])) == settings and all(
+                    source.stat().st_mtime <= made for source in sources):
+                return json.loads(str(content["summary"]))
     except Exception:  # torn, or not ours: it is made again
-        return False
+        pass
+    return None
 
 
 def model_used_before(save_path: Path) -> tuple | None:
@@ -175,21 +181,25 @@ def model_used_before(save_path: Path) -> tuple | None:
 
 
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
-                with_iterations: bool = False) -> tuple[Counter, list[tuple[str, str]]]:
-    """Match pairs and write their files (`write_pair`); those that are complete are left as they are.
+                with_iterations: bool = False) -> tuple[dict[str, dict], Counter, list[tuple[str, str]]]:
+    """Match pairs, write their files (`write_pair`) and the report; pairs that are complete are left as they are.
 
-    Each image is read once, and kept for as long as pairs of it are to come. Returns counts, and (name, reason) of the
-    images that could not be read and of the pairs that could not be matched.
+    Each image is read once, and kept for as long as pairs of it are to come. Returns the summaries by name of the
+    pairs' files, counts, and (name, reason) of the images that could not be read and of the pairs that could not be
+    matched.
     """
     def settings(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
 
-    jobs = [(pair, save_path / name) for pair, name in zip(pairs, output_names(pairs)) if not is_complete(
-        save_path / name, settings(pair), [image_dir / pair.image0, image_dir / pair.image1])]
+    names = output_names(pairs)
+    summaries = {name: read_complete(save_path / name, settings(pair),
+                                     [image_dir / pair.image0, image_dir / pair.image1])
+                 for pair, name in zip(pairs, names)}
+    jobs = [(pair, name) for pair, name in zip(pairs, names) if summaries[name] is None]
     counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
     uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
     views, failed = {}, {}
-    for pair, path in tqdm(jobs, "pairs", disable=None):
+    for pair, name in tqdm(jobs, "pairs", disable=None):
         for key in image_keys(pair):
             if key not in views and key[0] not in failed:
                 try:
@@ -200,12 +210,12 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
         if view0 is not None and view1 is not None:
             try:
                 found = matcher.match(view0, view1, *cameras.choose(pair, view0, view1), pair.T_0to1)
-                write_pair(found, path, settings(pair), with_iterations)
+                write_pair(found, save_path / name, settings(pair), with_iterations)
             except Exception as error:
                 failed[f"{pair.image0} {pair.image1}"] = reason(error)
             else:
                 counts["matched"] += 1
-                counts["posed"] += found.R is not None
+                summaries[name] = found.summary()
                 counts["without K"] += found.K0 is None or found.K1 is None
                 guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
                             if source == "EXIF"}
@@ -214,7 +224,10 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
             if not uses[key]:
                 views.pop(key, None)
     counts["guessed"] = len(guessed)
-    return counts, list(failed.items())
+    summaries = {name: summary for name, summary in summaries.items() if summary is not None}
+    if summaries:
+        write_report(save_path, summaries)
+    return summaries, counts, list(failed.items())
 
 
 def image_keys(pair: Pair) -> list[tuple[str, int | None]]:
@@ -251,15 +264,8 @@ def describe(found: ImageMatches) -> str:
     return "\n".join([*lines, line, describe_pose(found)])
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
-    parser.add_argument("images", nargs="+", metavar="INPUT",
-                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
-    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
-    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                        help="camera of the first image, for the image as stored; without --K1: of all images")
-    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
-    parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
+def add_matcher_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `build_matcher` takes, which commands on images of one's own share."""
     parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
@@ -269,22 +275,44 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="all matches of the last iteration, no poses on the way")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
                         help="of the pose (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=1.0,
+    parser.add_argument("--threshold", type=number(1e-6), default=1.0,
                         help="of the pose's inliers, pixels of the images as matched (default: %(default)s)")
     parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
                         help="of an image (default: %(default)s)")
     parser.add_argument("--resize", type=whole_number(1), default=1600, metavar="PIXELS",
                         help="longer side at which images are matched, at most (default: %(default)s)")
-    parser.add_argument("--draw_iterations", action="store_true",
-                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """(3, 3)."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def build_matcher(args: argparse.Namespace, model: tuple) -> ImageMatcher:
+    """The `ImageMatcher` of the command line, and say which it is; model: method, features and weights, or None."""
+    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold, args.one_shot,
+                           args.seed, args.device, args.feature_weights)
+    used = matcher.settings
+    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    return matcher
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
+    parser.add_argument("images", nargs="+", metavar="INPUT",
+                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
+    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
+    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                        help="camera of the first image, for the image as stored; without --K1: of all images")
+    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
+    parser.add_argument("--focal", type=number(1e-6), help="focal length of all images in pixels, instead of --K0")
+    add_matcher_options(parser)
+    parser.add_argument("--draw_iterations", action="store_true",
+                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--save_path", default="runs/matches", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("focal", "threshold"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < np.inf:
-            parser.error(f"--{name} {value}: must be more than 0")
     for name in ("K0", "K1"):
         value = getattr(args, name)
         if value is not None and not (np.isfinite(value).all() and min(value[:2]) > 0):
@@ -306,16 +334,12 @@ def main(argv=None) -> int:
     pairs, image_dir = find_pairs(args.images, args.image_dir)
     if args.K1 and len(args.images) != 2:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
-    K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
-              for K in (args.K0, args.K1 or args.K0))
+    K0, K1 = (None if K is None else camera_matrix(*K) for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
     model = args.matching_method, args.feature_type, args.weights
     if not any(model):
         model = model_used_before(save_path) or model
-    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold,
-                           args.one_shot, args.seed, args.device, args.feature_weights)
-    used = matcher.settings
-    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    matcher = build_matcher(args, model)
 
     if len(pairs) == 1:
         (pair,) = pairs
@@ -328,11 +352,12 @@ def main(argv=None) -> int:
         print(*write_pair(found, save_path / output_names(pairs)[0], settings, args.draw_iterations), sep="\n")
         return 0
 
-    counts, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
-    if not counts["matched"] and not counts["complete"]:
+    summaries, counts, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
+    if not summaries:
         raise InputError(f"none of the {len(pairs)} pairs could be matched; the first reason: {failed[0][1]}")
-    print(f"{counts['matched']} pairs matched, {counts['posed']} of them with a pose"
-          + (f"; {counts['complete']} were there already" if counts["complete"] else "") + f": {save_path}")
+    print(f"{counts['matched']} pairs matched"
+          + (f"; {counts['complete']} were there already" if counts["complete"] else "")
+          + f": {count_verdicts(summaries)}: {save_path / 'index.html'}")
     if counts["guessed"]:
         print(f"the focal length of {counts['guessed']} images was guessed from EXIF")
     if counts["without K"]:

@@ -49,15 +49,6 @@ def _cross_attention(block, x0: Tensor, x1: Tensor, mask=None) -> tuple[Tensor, 
                  for x, m in zip((x0, x1), messages))
 
 
-def _cross_attention(block, x0: Tensor, x1: Tensor, mask=None) -> tuple[Tensor, Tensor]:
-    """What kornia's CrossBlock computes, without mask; on CPUs its own code takes twice as long."""
-    qk0, qk1, v0, v1 = (x.unflatten(-1, (block.heads, -1)).transpose(1, 2)
-                        for x in (block.to_qk(x0), block.to_qk(x1), block.to_v(x0), block.to_v(x1)))
-    messages = F.scaled_dot_product_attention(qk0, qk1, v1), F.scaled_dot_product_attention(qk1, qk0, v0)
-    return tuple(x + block.ffn(torch.cat([x, block.to_out(m.transpose(1, 2).flatten(-2))], -1))
-                 for x, m in zip((x0, x1), messages))
-
-
 class LightGlue(torch.nn.Module):
     """LightGlue with published weights, in evaluation mode.
 
@@ -77,10 +68,6 @@ class LightGlue(torch.nn.Module):
             lambda: kornia.LightGlue(None, input_dim=FEATURE_TYPES[feature_type].dim, **options),
             lambda: kornia.LightGlue(name, **options), _rename)
         self.n_layers, self.prunes = self.network.conf.n_layers, prunes
-
-        if next(self.network.parameters()).device.type == "cpu":
-            for layer in self.network.transformers:
-                layer.cross_attn.forward = functools.partial(_cross_attention, layer.cross_attn)
 
         if next(self.network.parameters()).device.type == "cpu":
             for layer in self.network.transformers:

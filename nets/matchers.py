@@ -8,7 +8,7 @@ from nets import layout
 from nets.assignment import assign, matches_of_input, mutual_matches
 from nets.layers import ACTIVATIONS, AttentionLayer, KeypointEncoder, Views, normalize_keypoints
 from nets.losses import judge, targets_of, total
-from nets.pooling import keep_indices, keep_mask
+from nets.pooling import keep_mask
 
 POOL_THRESHOLD = 0.1  # of training and one-shot evaluation; the iterative loop brings its own
 
@@ -74,15 +74,17 @@ class MatchingState:
         return (self.attention_self[0].received_mass(mask0), self.attention_cross[1].received_mass(mask1),
                 self.attention_self[1].received_mass(mask1), self.attention_cross[0].received_mass(mask0))
 
+    def _pool(self, threshold: float, n_min_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keypoints of each view to keep, (B, N0), (B, N1) bool."""
+        self0, cross0, self1, cross1 = self.attention_masses()
+        return (keep_mask(self.assignment, self0, cross0, threshold, n_min_tokens, self.keep0),
+                keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min_tokens, self.keep1))
+
     def mask_out(self, threshold: float) -> None:
         """Pool by masking: keypoints that are not kept stay in the tensors, but are no keys and have no scores."""
-        if 0 in self.views.sizes:
-            return
-        self0, cross0, self1, cross1 = self.attention_masses()
-        n_min = self.matcher.n_min_tokens
-        keep0 = keep_mask(self.assignment, self0, cross0, threshold, n_min, self.keep0)
-        keep1 = keep_mask(self.assignment.transpose(1, 2), self1, cross1, threshold, n_min, self.keep1)
-        self.keep0, self.keep1, self._assignment = keep0, keep1, None
+        if 0 not in self.views.sizes:
+            self.keep0, self.keep1 = self._pool(threshold, self.matcher.n_min_tokens)
+            self._assignment = None
 
     @torch.no_grad()
     def remove(self, threshold: float, n_min_tokens: int | None = None) -> None:
@@ -92,13 +94,9 @@ class MatchingState:
         """
         if len(self.x) != 1:
             raise ValueError("keypoints can be removed from one pair at a time: the views of a batch differ in number")
-        if 0 in self.views.sizes:
-            return
-        self0, cross0, self1, cross1 = self.attention_masses()
-        n_min = self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens
-        rows0 = keep_indices(self.assignment[0], self0[0], cross0[0], threshold, n_min)
-        rows1 = keep_indices(self.assignment[0].T, self1[0], cross1[0], threshold, n_min)
-        self.select(rows0, rows1)
+        if 0 not in self.views.sizes:
+            keeps = self._pool(threshold, self.matcher.n_min_tokens if n_min_tokens is None else n_min_tokens)
+            self.select(*(keep[0].nonzero()[:, 0] for keep in keeps))
 
     def select(self, rows0: Tensor, rows1: Tensor) -> None:
         """Keep only some of the present keypoints of each view: sorted int64 indices (K0,), (K1,)."""
@@ -112,17 +110,6 @@ class MatchingState:
         self.attention_self = (self.attention_self[0].select(rows0, rows0), self.attention_self[1].select(rows1, rows1))
         self.attention_cross = (self.attention_cross[0].select(rows0, rows1),
                                 self.attention_cross[1].select(rows1, rows0))
-
-
-class Propagation(nn.Module):
-    """The 2 L attention layers: even = self, odd = cross."""
-
-    def __init__(self, dim: int, n_layers: int, norm_fn: str | None, ac_fn: str, shares_attention: bool,
-                 together: bool):
-        super().__init__()
-        shares = [shares_attention and is_second(t) for t in range(n_layers + 1)]
-        self.layers = nn.ModuleList([AttentionLayer(dim, norm_fn, ac_fn, together, shares[t], is_shared=shares[t + 1])
-                                     for t in range(n_layers) for _ in range(2)])
 
 
 def _take_published(_, state: dict, prefix: str, *rest) -> None:
@@ -165,7 +152,11 @@ class Matcher(nn.Module):
         self.match_threshold = match_threshold
         self.n_min_tokens = n_min_tokens
         self.kenc = KeypointEncoder(descriptor_dim, norm_fn, ac_fn)
-        self.gnn = Propagation(descriptor_dim, n_layers, norm_fn, ac_fn, self.shares_attention, self.views_together)
+        shares = [self.shares_attention and is_second(t) for t in range(n_layers + 1)]
+        self.gnn = nn.Module()  # named as published; of each iteration the layer of self-attention, then of cross
+        self.gnn.layers = nn.ModuleList([
+            AttentionLayer(descriptor_dim, norm_fn, ac_fn, self.views_together, shares[t], is_shared=shares[t + 1])
+            for t in range(n_layers) for _ in range(2)])
         self.final_proj = nn.ModuleList([nn.Linear(descriptor_dim, descriptor_dim) for _ in range(n_layers)])
         self.bin_score = nn.Parameter(torch.tensor(1.0))
         with torch.no_grad():  # a seed gives the weights that it gave in the published layout
@@ -183,16 +174,20 @@ class Matcher(nn.Module):
         descriptors, scores = (torch.cat([data[name + v] for v in "01"], dim=1) for name in ("descriptors", "scores"))
         return MatchingState(self, descriptors + self.kenc(torch.cat(keypoints, dim=1), scores, views), views)
 
-    def iterate(self, data: dict, n_layers: int | None = None) -> Iterator[MatchingState]:
+    def iterate(self, data: dict, n_layers: int | None = None, pool_threshold: float | None = None
+                ) -> Iterator[MatchingState]:
         """Yield the state after each iteration; the caller may read its matches and pool before the next one.
 
-        n_layers: how many iterations, at most and by default all that the network has.
+        n_layers: how many iterations, at most and by default all that the network has. pool_threshold: with one, EIMP
+        pools by masking, as in training.
         """
         n_layers = self.n_layers if n_layers is None else n_layers
         if not 1 <= n_layers <= self.n_layers:
             raise ValueError(f"n_layers {n_layers}: the network has {self.n_layers} iterations")
         state = self.encode(data)
-        for _ in range(n_layers):
+        for t in range(n_layers):
+            if self.pools and pool_threshold is not None and is_second(t - 1):
+                state.mask_out(pool_threshold)
             state.advance()
             yield state
 
@@ -202,30 +197,20 @@ class Matcher(nn.Module):
         With true matches in `data` also what `nets.losses.total` makes of all iterations: loss, its terms and counts.
         objective: options of `nets.losses.judge`.
         """
-        n_layers = self.n_layers if n_layers is None else n_layers
         targets, judged = targets_of(data), []
-        for state in self.iterate(data, n_layers):
+        for state in self.iterate(data, n_layers, POOL_THRESHOLD):
             if targets is not None:
                 judged.append(judge(state, targets, data, **objective))
-            if state.iteration == n_layers - 1:
-                matches0, matches1, scores0, scores1 = state.matches(self.match_threshold)
-            elif self.pools and is_second(state.iteration):
-                state.mask_out(POOL_THRESHOLD)
-        out = {"matches0": matches0, "matches1": matches1, "matching_scores0": scores0, "matching_scores1": scores1}
+        names = ("matches0", "matches1", "matching_scores0", "matching_scores1")
+        out = dict(zip(names, state.matches(self.match_threshold)))
         return out if targets is None else {**out, **total(judged)}
 
     @torch.no_grad()
     def match_all_iterations(self, data: dict, threshold: float = 0.2, pool_threshold: float = POOL_THRESHOLD,
                              n_layers: int | None = None) -> tuple[Tensor, Tensor]:
         """One-shot matching read at every iteration: matches0 (L, B, N0) int64, scores0 (L, B, N0)."""
-        all_matches, all_scores = [], []
-        for state in self.iterate(data, n_layers):
-            matches0, _, scores0, _ = state.matches(threshold)
-            all_matches.append(matches0)
-            all_scores.append(scores0)
-            if self.pools and is_second(state.iteration):
-                state.mask_out(pool_threshold)
-        return torch.stack(all_matches), torch.stack(all_scores)
+        found = [state.matches(threshold) for state in self.iterate(data, n_layers, pool_threshold)]
+        return torch.stack([matches0 for matches0, *_ in found]), torch.stack([scores0 for _, _, scores0, _ in found])
 
 
 class GM(Matcher):

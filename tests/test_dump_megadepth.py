@@ -24,7 +24,7 @@ from plane_scene import SIZE, K, files_of, transfer, write_megadepth
 
 from dump import features, workers
 from dump.dump_megadepth import dump_megadepth, dump_scene, main
-from dump.keypoints import ImageTask, recipe_of
+from dump.keypoints import ImageTask, Recipe
 from dump.matches import match_pairs
 from dump.verify import verify_dump
 from tools.cli import InputError, run
@@ -193,7 +193,7 @@ def test_network(pristine, tmp_path, monkeypatch):
             return Features(found.keypoints, found.scores, np.tile(found.descriptors, 2), found.image_size)
 
     monkeypatch.setattr(features, "build_extractor", Network)
-    recipe = recipe_of("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
+    recipe = Recipe("spp", MIN_KEYPOINTS, device="cpu", max_keypoints=300)
     assert not dump_megadepth(pristine, tmp_path, recipe, ["0000"])["skipped"]
     assert built == [("spp", {"max_keypoints": 300, "keypoint_threshold": 0.001, "nms_radius": 3, "align_corners": True,
                               "device": "cpu"})]
@@ -478,7 +478,7 @@ def test_record_of_4096_spp_keypoints_takes_at_most_2_3_MB(tmp_path):
     features = Features(*(rng.random(shape, np.float32) for shape in ((4096, 2), 4096, (4096, 256))), (1600, 1200))
     paths = [f"{folder}/0000/dense0/imgs/4183746529_9ee81ef1a5_o.jpg" for folder in
              ("Undistorted_SfM", "phoenix/S6/zl548/MegaDepth_v1")]
-    task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", recipe_of("spp"))
+    task = ImageTask("", *paths, np.eye(3), np.eye(4), tmp_path / "record.npy", Recipe("spp"))
     assert task.finish((None, np.ones((1200, 1600), np.float32)), features)
     assert task.record_path.stat().st_size <= 2.3e6
     record = read_record(task.record_path)
@@ -506,7 +506,7 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
     for path, copy in zip(list(info["image_paths"]) * 4, larger["image_paths"]):
         shutil.copyfile(tmp_path / "base" / path, tmp_path / "base" / copy)
     write_scene_info(tmp_path / "base" / "scene_info" / "16.0.npz", larger)
-    recipe = recipe_of("sift", 50, max_keypoints=100)
+    recipe = Recipe("sift", 50, max_keypoints=100)
     for n in (4, 4, 16):  # the first time, things are set up that stay
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         tracemalloc.start()
@@ -708,7 +708,7 @@ def test_unknown_scene(pristine, tmp_path, capsys):
 
 def test_setting_of_another_feature():
     with pytest.raises(InputError, match="contrast_threshold is not a setting of spp"):
-        recipe_of("spp", contrast_threshold=0.1)
+        Recipe("spp", contrast_threshold=0.1)
 
 
 def test_no_workers(pristine, tmp_path, capsys):

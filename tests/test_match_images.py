@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.ExifTags import IFD
 
 from eval import draw_overview, image_matcher, match_images
-from eval.image_matcher import ImageMatcher, choose_model, describe_pose
+from eval.image_matcher import ImageMatcher, choose_model
+from eval.image_matches import describe_pose
 from nets import build_matcher
 from tools import checkpoint
 from tools.cli import InputError, run
@@ -28,7 +29,8 @@ from training.start import warm_start
 
 KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
         "scores0", "scores1", "matches", "matching_scores", "K0", "K1", "K_source0", "K_source1", "R", "t", "inliers",
-        "translation_determined", "settings"}
+        "translation_determined", "planar", "F", "verdict", "summary", "settings"}
+REPORT = ["index.html", "pairs.csv"]
 RATIO = ("--matching_method", "NN_ratio", "--max_keypoints", "400")
 
 
@@ -91,8 +93,16 @@ def matched_errors(found, T_0to1):
     return epipolar_error(x0, x1, essential_matrix(T_0to1))
 
 
+def lines_off(found):
+    """Distances (M,) of the matches in view 1 from their epipolar lines by F, in pixels."""
+    points0, points1 = (np.c_[found[f"keypoints{v}"][found["matches"][:, v]], np.ones(len(found["matches"]))]
+                        for v in (0, 1))
+    lines = points0 @ found["F"].T
+    return np.abs(np.sum(points1 * lines, axis=1)) / np.linalg.norm(lines[:, :2], axis=1)
+
+
 def same(found, other, but=("settings", "image0", "image1")):
-    for key in KEYS - set(but):
+    for key in KEYS - {"summary", *but}:  # which says how long it took
         np.testing.assert_array_equal(found[key], other[key], err_msg=key)
 
 
@@ -103,7 +113,7 @@ def test_two_images_give_a_picture_and_numbers(scene, tmp_path, capsys):
     assert command(*images, *cameras(0, 1), *RATIO, "--save_path", tmp_path) == 0
     assert names_in(tmp_path) == ["a_sub-b.npz", "a_sub-b.png"]
     found = load(tmp_path / "a_sub-b.npz")
-    assert set(found) == KEYS and found["version"] == 1
+    assert set(found) == KEYS and found["version"] == 2
     assert (str(found["image0"]), str(found["image1"])) == ("a.png", os.path.join("sub", "b.png"))
     assert found["image_size0"].tolist() == list(SIZES[0]) and found["image_size1"].tolist() == list(SIZES[1])
     np.testing.assert_allclose(found["K0"], CAMERAS[0])
@@ -125,11 +135,14 @@ def test_two_images_give_a_picture_and_numbers(scene, tmp_path, capsys):
     assert str(tmp_path / "a_sub-b.npz") in said
 
 
-def test_without_a_camera_there_are_matches_but_no_pose(scene, tmp_path, capsys):
+def test_without_a_camera_there_is_a_fundamental_matrix_but_no_pose(scene, tmp_path, capsys):
     images = [scene / "images" / name for name in NAMES[:2]]
     assert command(*images, *RATIO, "--save_path", tmp_path) == 0
     found = load(tmp_path / "a_sub-b.npz")
-    assert set(found) == KEYS and len(found["matches"]) > 50 and not found["inliers"].any()
+    assert set(found) == KEYS and len(found["matches"]) > 50 and found["verdict"] == "trusted"
+    errors = matched_errors({**found, "K0": CAMERAS[0], "K1": CAMERAS[1]}, relative_pose(POSES[0], POSES[1]))
+    assert np.mean(errors[found["inliers"]] < 0.005) > 0.95 and found["inliers"].mean() > 0.7
+    assert lines_off(found)[found["inliers"]].max() < 1.5 and np.linalg.norm(found["F"]) == pytest.approx(1)
     assert found["K_source0"] == found["K_source1"] == "unknown"
     for key, shape in (("K0", (3, 3)), ("K1", (3, 3)), ("R", (3, 3)), ("t", (3,))):
         assert found[key].shape == shape and np.isnan(found[key]).all()
@@ -272,10 +285,10 @@ def test_a_folder_gives_all_pairs_and_bad_images_are_listed(scene, folder, tmp_p
                         load_view(self, image, *rest))
     assert command(folder, "--focal", 300, *RATIO, "--save_path", folder / "out") == 1
     said, errors = capsys.readouterr()
-    assert "3 pairs matched, 3 of them with a pose" in said
+    assert "3 pairs matched: 1 trusted, 2 doubtful, 0 without a result: " in said
     assert "1 images or pairs skipped" in errors and "broken.jpg: not a readable image" in errors
     assert names_in(folder / "out") == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz",
-                                        "c_sub-b.png"]
+                                        "c_sub-b.png", *REPORT]
     assert sorted(read) == ["a.png", "b.png", "broken.jpg", "c.png"]  # each once
     # the pictures made are no images of the folder
     assert command(folder, "--focal", 300, *RATIO, "--save_path", folder / "out") == 1
@@ -296,7 +309,7 @@ def test_a_pair_that_fails_does_not_end_the_others(folder, tmp_path, capsys, mon
     assert command(folder, *RATIO, "--save_path", tmp_path / "out") == 1
     said, errors = capsys.readouterr()
     assert "2 pairs matched" in said and "a.png c.png: ZeroDivisionError: of a library" in errors
-    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz", "c_sub-b.png"]
+    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_sub-b.npz", "c_sub-b.png", *REPORT]
 
 
 def test_what_is_complete_is_left_as_it_is(folder, tmp_path, capsys):
@@ -325,7 +338,8 @@ def test_what_is_complete_is_left_as_it_is(folder, tmp_path, capsys):
 def test_more_than_two_images_are_paired_too(scene, tmp_path):
     images = [scene / "images" / name for name in NAMES]
     assert command(*images, *RATIO, "--save_path", tmp_path) == 0
-    assert names_in(tmp_path) == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", "sub-b_c.npz", "sub-b_c.png"]
+    assert names_in(tmp_path) == ["a_c.npz", "a_c.png", "a_sub-b.npz", "a_sub-b.png", *REPORT, "sub-b_c.npz",
+                                  "sub-b_c.png"]
 
 
 def test_a_list_of_names(scene, tmp_path, capsys):
@@ -334,7 +348,7 @@ def test_a_list_of_names(scene, tmp_path, capsys):
                    tmp_path / "out") == 1
     said, errors = capsys.readouterr()
     assert "2 pairs matched" in said and "none.png: image not found" in errors
-    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_a.npz", "c_a.png"]
+    assert names_in(tmp_path / "out") == ["a_sub-b.npz", "a_sub-b.png", "c_a.npz", "c_a.png", *REPORT]
 
 
 def test_a_list_with_ground_truth_brings_its_cameras_and_errors(scene, tmp_path, capsys):
@@ -614,7 +628,7 @@ def test_two_identical_images_determine_no_translation(scene, capsys):
     assert describe_pose(found).endswith("translation (not determined); a rotation alone explains the matches")
     found.T_0to1 = np.eye(4)  # a true pose judges the rotation: the translation is arbitrary
     assert "(not determined); 0.0 degrees off; a rotation alone" in describe_pose(found)
-    found.translation_determined = True
+    found.translation_determined, found.planar = True, False
     assert describe_pose(found).endswith("; 0.0 and 0.0 degrees off")
 
 

@@ -101,7 +101,7 @@ def by_position(record):
 
 def test_dump_in_batches(root, training_dump, tmp_path, monkeypatch):
     """As on a GPU: the same features as one image at a time, and the same bytes after an interruption."""
-    recipe = dump_megadepth.recipe_of("spp", device="cpu")
+    recipe = dump_megadepth.Recipe("spp", device="cpu")
     network, batches = features.extractor(*recipe.extraction), []
     extract_batch = network.extract_batch
     monkeypatch.setattr(network, "batch_pixels", 2 * 160 * 124)

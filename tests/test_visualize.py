@@ -20,7 +20,6 @@ from tools.visualize import (
     iteration_frames,
     plot_curves,
     plot_panels,
-    score_colors,
     write_gif,
     write_strip,
 )
@@ -57,11 +56,10 @@ def test_large_images_are_made_small_and_keypoints_with_them():
     picture = draw_matches(image0, image1, np.array([[1500.0, 600]]), np.array([[300.0, 450]]))
     assert picture.shape[0] < VIEW_SIDE + 60 and picture.shape[1] < 2 * VIEW_SIDE
     width0 = picture.shape[1] - VIEW_SIDE  # of view 0 and the gap
-    assert 420 < width0 < 450
+    assert 640 < width0 < 650
     top = picture.shape[0] - VIEW_SIDE
-    green = error_colors([0], 1)[0]
-    assert near(picture[top + 128, 320], green)
-    assert near(picture[top + 240, width0 + 160], green)
+    assert near(picture[top + 192, 480], GREEN)
+    assert near(picture[top + 360, width0 + 240], GREEN)
 
 
 def test_no_matches_and_long_titles_are_no_problem():
@@ -76,7 +74,7 @@ def test_inputs_are_not_modified():
     image = rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)
     keypoints = rng.uniform(0, 50, (9, 2)).astype(np.float32)
     copies = image.copy(), keypoints.copy()
-    draw_matches(image, image, keypoints, keypoints, scores=np.linspace(0, 1, 9))
+    draw_matches(image, image, keypoints, keypoints, inliers=np.arange(9) < 4)
     np.testing.assert_array_equal(image, copies[0])
     np.testing.assert_array_equal(keypoints, copies[1])
 
@@ -85,7 +83,6 @@ def test_colours_go_from_green_over_yellow_to_red():
     blue, green, red = error_colors([0, 0.005, 0.01, 1, np.inf], 0.005).T
     assert green[0] > 150 > red[0] and red[1] > 200 and green[1] > 150 and red[2] > 200 > 60 > green[2]
     np.testing.assert_array_equal(np.c_[blue, green, red][2:], np.tile([blue[2], green[2], red[2]], (3, 1)))
-    np.testing.assert_array_equal(score_colors([1, 0.5, 0]), error_colors([0, 0.005, 0.01], 0.005))
 
 
 def test_curves_are_written_as_a_picture(tmp_path):

@@ -38,7 +38,7 @@ def save_checkpoint(path, content: dict) -> None:
         torch.save(content, temporary)
 
 
-def load_checkpoint(path, device="cpu") -> dict:
+def load_checkpoint(path) -> dict:
     """Read a checkpoint file -> dict whose entry `model` is a state dict.
 
     `state_dict`, `model_state_dict` and a bare state dict are taken as `model`, and a prefix that all its keys share is
@@ -55,7 +55,7 @@ def load_checkpoint(path, device="cpu") -> dict:
                     raise ValueError("it would take far more memory than its file")
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])):
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever a damaged file makes of torch's readers

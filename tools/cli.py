@@ -22,6 +22,10 @@ class InputError(Exception):
         return " ".join(super().__str__().split())  # a name may hold line breaks
 
 
+class InUse(InputError):
+    """Another process writes there."""
+
+
 class OutputError(OSError):
     """What is written to is at fault (full, read-only, not permitted): it ends a whole job, not one of its items.
 
@@ -55,7 +59,7 @@ def reason(error: Exception) -> str:
 
     Raises `error` again if it is not the item's fault and would meet the next one too.
     """
-    if isinstance(error, OutputError | BrokenExecutor) or getattr(error, "errno", None) in _MACHINE_ERRORS:
+    if isinstance(error, OutputError | InUse | BrokenExecutor) or getattr(error, "errno", None) in _MACHINE_ERRORS:
         raise error
     return describe_error(error)
 

@@ -47,7 +47,8 @@ def read_config(path) -> dict:
     merged, path, read = {}, Path(path), set()
     while True:
         path = find_shipped(path, "configs")
-        content = _plain(_read_mapping(path), path, iter(range(MAX_VALUES)))
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+        content = _plain(content, path, iter(range(MAX_VALUES)))
         if not isinstance(content, dict):
             raise InputError(f"{path} does not hold keys and values")
         base = content.pop("base", None)
@@ -60,9 +61,8 @@ def read_config(path) -> dict:
             raise InputError(f"{path} is its own base")
 
 
-def _read_mapping(path: Path):
-    if path.suffix == ".json":
-        return read_json(path)
+def read_yaml(path):
+    """What a YAML file holds; InputError names it when it is missing or not YAML, or has a key twice."""
     try:
         return yaml.load(read_text(path), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

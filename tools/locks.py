@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from tools.cli import InputError
+from tools.cli import InUse
 
 try:
     import fcntl
@@ -14,10 +14,6 @@ except ImportError:  # Windows: works without locks
     fcntl = None
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-
-
-class InUse(InputError):
-    """Another process writes there."""
 
 
 @functools.cache

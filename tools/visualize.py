@@ -19,7 +19,8 @@ if "matplotlib" not in sys.modules and _SCHEME == "module" and not importlib.uti
     del os.environ["MPLBACKEND"]
 from matplotlib.figure import Figure  # noqa: E402
 
-VIEW_SIDE = 640  # pixels, the longer side of a view in a picture at most
+VIEW_SIDE = 960  # pixels, the longer side of a view in a picture at most: two fill a screen
+VIEW_BRIGHTNESS = 0.75
 GAP = 8
 TEXT_HEIGHT = 22
 INK = (40, 40, 40)
@@ -46,11 +47,6 @@ def error_colors(errors: np.ndarray, threshold: float) -> np.ndarray:
     return _ramp(np.clip(np.asarray(errors, np.float64) / (2 * threshold), 0, 1))
 
 
-def score_colors(scores: np.ndarray) -> np.ndarray:
-    """Scores (N,) in [0, 1] -> BGR (N, 3): red at 0, yellow at 0.5, green at 1."""
-    return _ramp(1 - np.clip(np.asarray(scores, np.float64), 0, 1))
-
-
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
     """An image downscaled for its longer side to be `side`; as it is if it is no larger."""
     scale = side / max(image.shape[:2])
@@ -61,11 +57,10 @@ def shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _as_view(image: np.ndarray, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An image (H, W) or (H, W, 3) and its keypoints, small enough for a picture; in gray, for colours to show."""
-    gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
-    scale = min(1.0, VIEW_SIDE / max(gray.shape))
-    keypoints = resize_keypoints(np.asarray(keypoints, np.float64), scale, scale)
-    return cv2.cvtColor(shrink(gray, VIEW_SIDE), cv2.COLOR_GRAY2BGR), keypoints
+    """An image (H, W) or (H, W, 3) as a view of a picture, darker so that lines show; its keypoints (N, 2) there."""
+    view = shrink(image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), VIEW_SIDE)
+    keypoints = resize_keypoints(np.asarray(keypoints, np.float64), *np.divide(view.shape[1::-1], image.shape[1::-1]))
+    return cv2.convertScaleAbs(view, alpha=VIEW_BRIGHTNESS), keypoints
 
 
 def _text_width(line: str, size: int, weight: int = 400) -> int:
@@ -85,27 +80,28 @@ def _write_text(canvas: np.ndarray, line: str, x: int, baseline: int, size: int 
 
 
 def draw_matches(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarray, keypoints1: np.ndarray,
-                 title=(), errors=None, scores=None, error_threshold: float = 0.005) -> np.ndarray:
+                 title=(), errors=None, inliers=None, error_threshold: float = 0.005) -> np.ndarray:
     """Two images side by side with lines between matched keypoints -> BGR picture (H, W, 3) uint8.
 
     image0/1: (H, W) or (H, W, 3) BGR; keypoints0/1: (M, 2), row i of one matches row i of the other, in pixels of the
-    images given; title: lines of text above. Coloured by errors (M,), by scores (M,), or all green. A legend with
-    counts ends the text.
+    images given; title: lines of text above. Coloured by errors (M,), else by inliers (M,) bool, else all green. A
+    legend with counts ends the text.
     """
     (view0, ends0), (view1, ends1) = _as_view(image0, keypoints0), _as_view(image1, keypoints1)
     lines = list(title)
     if errors is not None:
         colors = error_colors(errors, error_threshold)
         good = int(np.sum(np.asarray(errors) < error_threshold))
-        lines.append(f"{len(errors)} matches: {good} with an epipolar error below {error_threshold:g} (green to "
+        lines.append(f"{len(errors)} matches: {good} with an error below {error_threshold:g} (green to "
                      f"yellow), {len(errors) - good} above (to red)")
-        order = np.argsort(errors, kind="stable")
-    elif scores is not None:
-        colors = score_colors(scores)
-        lines.append(f"{len(scores)} matches by score: 0 red, 1 green")
-        order = np.argsort(-np.asarray(scores), kind="stable")
+        order = np.argsort(errors, kind="stable")  # wrong ones on top: none is hidden under a right one
+    elif inliers is not None:
+        colors = np.where(np.asarray(inliers)[:, None], GREEN, RED)
+        n_inliers = int(np.sum(inliers))
+        lines.append(f"{len(inliers)} matches: {n_inliers} inliers (green), {len(inliers) - n_inliers} rejected (red)")
+        order = np.argsort(inliers, kind="stable")
     else:
-        colors = np.tile(np.array(GREEN, np.float64), (len(keypoints0), 1))
+        colors = np.tile(GREEN, (len(keypoints0), 1))
         lines.append(f"{len(keypoints0)} matches")
         order = np.arange(len(keypoints0))
 
@@ -120,7 +116,7 @@ def draw_matches(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarray,
     ends0, ends1 = ends0 + [0, top], ends1 + [left1, top]
     ends0, ends1 = (np.rint(ends * 16).astype(int).tolist() for ends in (ends0, ends1))  # OpenCV draws to 1/16 pixel
     colors = colors.tolist()
-    for i in order:  # the wrong ones last: none is hidden under a right one
+    for i in order:
         cv2.line(canvas, ends0[i], ends1[i], colors[i], 1, cv2.LINE_AA, 4)
     for i in order:
         for end in (ends0[i], ends1[i]):

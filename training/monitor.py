@@ -11,10 +11,10 @@ from tools.files import write_image
 RATE_STEPS = 10  # steps between values of speed, and between those of each iteration
 
 
-def _precision_recall(counts: dict) -> dict[str, float]:
-    """Of the matches that the counts of a matcher's forward stand for."""
-    return {"precision": float(counts["acc_corr"] / max(counts["total_matches"], 1e-9)),
-            "recall": float(counts["acc_corr"] / max(counts["total_acc_corr"], 1e-9))}
+def _precision_recall(counts: dict) -> dict:
+    """Of the matches that the counts of a matcher's forward stand for: numbers, or arrays (L,) of each iteration's."""
+    return {"precision": counts["acc_corr"] / np.maximum(counts["total_matches"], 1e-9),
+            "recall": counts["acc_corr"] / np.maximum(counts["total_acc_corr"], 1e-9)}
 
 
 class Monitor:
@@ -43,7 +43,11 @@ class Monitor:
             self.writer.add_scalar("speed/samples_per_second", RATE_STEPS * self.batch_size / (now - self.since), step)
             self.writer.add_scalar("speed/data_wait_share", sum(self.waited) / (now - self.since), step)
             self.since, self.waited = now, []
-            self._log_iterations(step, per_iteration)
+            each = {**per_iteration, **_precision_recall(per_iteration),
+                    "loss": per_iteration["matching_loss_corr"] + per_iteration["matching_loss_incorr"]}
+            for name in ("loss", "precision", "recall", "pose_loss"):
+                for t, value in enumerate(each.get(name, ())):
+                    self.writer.add_scalar(f"iteration_{name}/{t:02d}", value, step)
         self.history.append([values[name] for name in ("loss", "precision", "recall")])
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, recall {values['recall']:.2f}, "
                                  f"{self._rate():.1f} samples/s", refresh=False)
@@ -52,16 +56,6 @@ class Monitor:
     def _rate(self) -> float:
         """Samples a second in this epoch."""
         return len(self.history) * self.batch_size / (time.perf_counter() - self.began)
-
-    def _log_iterations(self, step: int, per_iteration: dict) -> None:
-        for t in range(len(per_iteration["acc_corr"])):
-            counts = {name: values[t] for name, values in per_iteration.items()}
-            logged = {"loss": counts["matching_loss_corr"] + counts["matching_loss_incorr"],
-                      **_precision_recall(counts)}
-            if "pose_loss" in counts:
-                logged["pose_loss"] = counts["pose_loss"]
-            for name, value in logged.items():
-                self.writer.add_scalar(f"iteration_{name}/{t:02d}", value, step)
 
     def end_epoch(self, step: int) -> None:
         """An epoch ends, or is broken off, after `step` steps of the run."""

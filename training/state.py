@@ -24,17 +24,13 @@ def _are_names(value) -> bool:
     return isinstance(value, list) and all(type(name) is str for name in value)
 
 
-def _are_bad_steps(value) -> bool:
-    return is_list_of(int, list)(value) and all(_are_names(names) for _, names in value)
-
-
 # name -> whether a value can be its, and what stands for a missing one: versions 1 and 2 did not have all of them
 ENTRIES = {
     "config": (_is_config, None),
     "step": (is_count, None),
     "best": (lambda value: value is None or type(value) is float, None),
     "scenes": (_are_names, None),
-    "bad": (_are_bad_steps, []),
+    "bad": (lambda value: is_list_of(int, list)(value) and all(_are_names(names) for _, names in value), []),
     "draw_size": (lambda value: value is None or is_count(value), None),
     "validation_due": (lambda value: type(value) is bool, False),
     "skipped": (is_list_of(str, str, int), []),

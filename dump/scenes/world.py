@@ -61,9 +61,6 @@ class World:
             self.box(np.asarray(center) + R @ [depth / 2 + relief / 2 - 0.05, x, z], (w, relief, h), yaw,
                      [texture, sides[0], texture, sides[0], sides[1]])
 
-    def is_inside(self, point, margin) -> bool:
-        return any((np.abs((point - middle) @ R) < half + margin).all() for middle, R, half in self.solids)
-
 
 def build_world(rng, scale, photographs=()) -> World:
     """A town square. scale: texels per metre; photographs: paths of pictures to cut the textures from."""
@@ -127,7 +124,7 @@ def place_cameras(rng, world, rectangles, n, size):
             f = w * np.exp(rng.uniform(np.log(0.7), np.log(1.35)))
             K = np.array([[f, 0, (w - 1) / 2], [0, f, (h - 1) / 2], [0, 0, 1]])
             pose = look_at(center, target, roll)
-            if world.is_inside(center, 0.8):
+            if any((np.abs((center - middle) @ R) < half + 0.8).all() for middle, R, half in world.solids):
                 continue
             small = K * [[32 / w], [24 / h], [1]]
             _, inverse, _ = rectangles.rasterise(small, pose, (32, 24))
