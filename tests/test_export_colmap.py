@@ -1,5 +1,4 @@
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -217,30 +216,40 @@ def test_pairs_of_neighbours_and_of_similar_images(tmp_path):
 # resume
 
 DIES = """
-import os, signal, sys
-from contextlib import suppress
-from eval import export_colmap, sfm_table
+import os, shutil, signal, sys
+from eval import export_colmap
 from eval.colmap_database import Database
 
-method, count = sys.argv[1], int(sys.argv[2])
-write = getattr(Database, method)
+class Dies:
+    def __init__(self, db):
+        self.db = db
 
-def die(self, *arguments):
-    global count
-    count -= 1
-    if not count:
-        class Dies:
-            def __getattr__(_, name):
-                if name in ("write_keypoints", "write_matches"):  # in the middle of a transaction
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return getattr(db, name)
-        db, transaction = self.db, self.colmap.DatabaseTransaction
-        self.colmap.DatabaseTransaction = lambda _: transaction(db)
-        self.db = Dies()
-    write(self, *arguments)
+    def __getattr__(self, name):
+        if name in ("write_keypoints", "write_matches"):  # in the middle of a transaction
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getattr(self.db, name)
 
-setattr(Database, method, die)
-export_colmap.main(sys.argv[3:])
+def run_and_die(method, count):
+    write = getattr(Database, method)
+
+    def write_or_die(self, *arguments):
+        nonlocal count
+        count -= 1
+        if not count:
+            db, transaction = self.db, self.colmap.DatabaseTransaction
+            self.colmap.DatabaseTransaction = lambda _: transaction(db)
+            self.db = Dies(db)
+        write(self, *arguments)
+
+    setattr(Database, method, write_or_die)
+    export_colmap.main(sys.argv[1:])
+
+for method, count in (("add_image", 2), ("add_pair", 2)):
+    pid = os.fork()
+    if not pid:
+        run_and_die(method, count)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    shutil.copytree(sys.argv[-1], f"{sys.argv[-1]}_{method}")
 """
 
 
@@ -248,14 +257,13 @@ def test_killed_at_any_moment_the_same_command_ends_with_an_equal_database(scene
     options = [str(scene / "images"), "--pairs", str(scene / "pairs.txt"), *RATIO]
     assert command(*options, tmp_path / "whole") == 0
     out = tmp_path / "out"
-    for moment in (("add_image", "2"), ("add_pair", "2")):
-        killed = subprocess.run([sys.executable, "-c", DIES, *moment, *options, str(out)], capture_output=True,
-                                cwd=Path(__file__).parents[1])
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not (out / "database.db").exists()
-        there = tables(out / "unfinished.db")
-        assert len(there["images"]) == (1 if moment[0] == "add_image" else 3)
-        assert len(there["matches"]) == len(there["two_view_geometries"]) == (0 if moment[0] == "add_image" else 1)
+    subprocess.run([sys.executable, "-c", DIES, *options, str(out)], check=True, cwd=Path(__file__).parents[1])
+    for method, n_images, n_pairs in (("add_image", 1, 0), ("add_pair", 3, 1)):
+        killed = tmp_path / f"out_{method}"
+        assert not (killed / "database.db").exists()
+        there = tables(killed / "unfinished.db")
+        assert len(there["images"]) == n_images
+        assert len(there["matches"]) == len(there["two_view_geometries"]) == n_pairs
     assert command(*options, out) == 0
     assert tables(out / "database.db") == tables(tmp_path / "whole/database.db")
     assert sorted(path.name for path in out.iterdir()) == ["database.db", "settings.json"]
