@@ -42,6 +42,6 @@ def _run(module: str) -> int:
     return run(import_module(module).main)
 
 
-match, evaluate, dump, train = (partial(_run, module) for module in (
-    "eval.match_images", "eval.eval_imp", "dump.dump_megadepth", "train"))
+match, evaluate, colmap, dump, train = (partial(_run, module) for module in (
+    "eval.match_images", "eval.eval_imp", "eval.export_colmap", "dump.dump_megadepth", "train"))
 _claim_names()

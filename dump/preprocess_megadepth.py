@@ -31,6 +31,7 @@ from dump.command import writing
 from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
+from tools.extras import import_pycolmap
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
 from tools.geometry import is_camera_matrix, make_pose, project
 from tools.scene_info import MATRIX_FIELDS, OBJECT_FIELDS, write_scene_info
@@ -42,18 +43,6 @@ MODEL = Path("sparse/manhattan/0")
 MIN_DEPTH_BYTES = 100 * 1024  # a smaller file is a mask of foreground and background, no depth map
 FULL_DISK_BYTES = 1 << 20
 PYCOLMAP_ERRORS = (ValueError, RuntimeError, IndexError, MemoryError, OSError)  # of damaged or unreadable files
-
-
-def import_pycolmap():
-    """The module pycolmap, silent but for its errors; InputError that says how to install it when it is missing."""
-    # Only here: it is an optional extra, and it must come after cv2 (which tools.files imports), because in the other
-    # order the process crashes when a PNG is written.
-    try:
-        import pycolmap
-    except ImportError:
-        raise InputError("pycolmap is not installed: pip install '.[colmap]'") from None
-    pycolmap.logging.minloglevel = pycolmap.logging.ERROR
-    return pycolmap
 
 
 def has_model(folder) -> bool:

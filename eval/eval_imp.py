@@ -3,6 +3,7 @@
     python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset yfcc --feature_type sift
     python3 -m eval.eval_imp --matching_method IMP EIMP --use_iterative --dataset scannet --feature_type spp
     python3 -m eval.eval_imp --matching_method NN_ratio --pairs pairs.txt --image_dir images --feature_type sift
+    python3 -m eval.eval_imp --matching_method NN_ratio IMP --dataset hpatches --image_dir hpatches --feature_type sift
 
 With --use_iterative each network has a second row, `IMP iterative`: matching and pose estimation together, beside the
 same network one-shot. The first method is the baseline: where depth is known, precision against the true
@@ -14,6 +15,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -21,28 +23,29 @@ import numpy as np
 import torch
 
 from eval import summary
+from eval.hpatches import SPLITS, HPatchesPairSet
 from eval.iterative import PairMatches
 from eval.journal import Journal
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting, default_feature_type
 from eval.pair_sets import EvalPair, Hdf5PairSet, ListPairSet, read_scannet_pairs, upright_images
-from eval.results import PRECISION_THRESHOLD, PairResult, epipolar_errors
-from eval.run import Results, evaluate, pose_errors, run_pair
+from eval.results import PairResult, errors_to_draw
+from eval.run import Results, evaluate, run_pair
 from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.config import read_config
 from tools.distributed import choose_device
+from tools.extras import import_pycolmap
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import check_folder, file_hash, write_image
 from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
-from tools.pose import ESTIMATORS, PUBLISHED_ESTIMATOR
+from tools.pose import ESTIMATORS, HOMOGRAPHY_ESTIMATORS, PUBLISHED_ESTIMATOR
 from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches
 
-DATASETS = ("yfcc", "scannet", "megadepth1500")
-DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, None: 3.0}  # pixels
-SWEEP = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # pixels
-JOURNALS = ("journal.jsonl", "journal_iterative.jsonl")  # the second one for the loops after a sweep
+DATASETS = ("yfcc", "scannet", "megadepth1500", "hpatches")
+DEFAULT_POSE_THRESHOLD = {"yfcc": 1.0, "megadepth1500": 1.0, "scannet": 3.0, "hpatches": 3.0, None: 3.0}  # pixels
+JOURNAL = "journal.jsonl"
 # an unfinished run may resume with another value: it changes which pairs are done, how fast, and what is drawn of them
 FREE_TO_CHANGE = ("limit", "workers", "pictures", "save_path")
 MEGADEPTH1500_SCENES = ("0015", "0022")
@@ -78,15 +81,21 @@ def write_pictures(folder, pair_set, methods: dict[str, Method], results: dict[s
 def _draw_pair(pair: EvalPair, images, method: str, found: PairMatches, result: PairResult) -> np.ndarray:
     title = [f"{method}   {'   '.join(pair.names)}"]
     if result.error is not None:
-        title.append(f"rotation {result.error_R:.1f}, translation {result.error_t:.1f} degrees off; "
-                     f"{result.n_inliers} inliers" if np.isfinite(result.error) else "no pose found")
-    inliers = np.zeros(len(found.matches), bool) if found.pose is None else found.pose[2]
-    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, epipolar_errors(pair, found.matches),
-                        inliers, PRECISION_THRESHOLD)
+        off = (f"rotation {result.error_R:.1f}, translation {result.error_t:.1f} degrees" if pair.H_0to1 is None else
+               f"corners {result.error:.1f} px")
+        title.append(f"{off} off; {result.n_inliers} inliers" if np.isfinite(result.error) else
+                     f"no {'pose' if pair.H_0to1 is None else 'homography'} found")
+    errors, threshold = errors_to_draw(pair, found.matches)
+    inliers = np.zeros(len(found.matches), bool) if found.pose is None else found.pose[-1]
+    return draw_matches(*images, *pair.matched_keypoints(found.matches), title, errors, inliers, threshold)
 
 
 def build_pair_set(args):
     """The set that the command line names; InputError says what is missing."""
+    if args.dataset == "hpatches":
+        if not args.image_dir:
+            raise InputError("--dataset hpatches needs --image_dir, the folder of its sequences i_* and v_*")
+        return HPatchesPairSet(args.image_dir, _build_extractor(args))
     if args.pairs:
         return _build_list_set(args)
     if args.dataset == "megadepth1500":
@@ -122,10 +131,13 @@ def _build_list_set(args) -> ListPairSet:
         pairs, camera = read_scannet_pairs(args.pairs), lambda name: read_scannet_camera(args.image_dir, name)
     else:
         pairs = read_pair_list(args.pairs)
+    return ListPairSet(pairs, args.image_dir, _build_extractor(args), args.resize, args.depth_dir, camera)
+
+
+def _build_extractor(args):
     settings = FEATURE_TYPES[args.feature_type].eval_settings
     settings = {**settings, **{key: value for key, value in vars(args).items() if key in settings}}
-    extractor = build_extractor(args.feature_type, args.feature_weights, device=args.device, **settings)
-    return ListPairSet(pairs, args.image_dir, extractor, args.resize, args.depth_dir, camera)
+    return build_extractor(args.feature_type, args.feature_weights, device=args.device, **settings)
 
 
 def build_methods(args) -> dict[str, Method]:
@@ -197,7 +209,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--matching_method", nargs="+", required=True, choices=list(MATCHERS), metavar="METHOD",
                         help=f"one or more of {', '.join(MATCHERS)}; the first is the baseline")
     parser.add_argument("--dataset", choices=DATASETS,
-                        help="yfcc, scannet: features and pairs from dump.dump's HDF5 file, unless --pairs is given")
+                        help="yfcc, scannet: features and pairs from dump.dump's HDF5 file, unless --pairs is given; "
+                        "hpatches: homographies, of the sequences in --image_dir")
     parser.add_argument("--pairs", help="pair list with ground truth; features are extracted from the images of "
                         "--image_dir. With --dataset scannet: its list, with the cameras of the folders "
                         "<scene>/{img,intrinsic,extrinsic}; with megadepth1500: the folder of its .npz files")
@@ -220,7 +233,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--config", help="YAML file of dump.dump, or one that the original evaluated with (default: "
                         "configs/{dataset}_eval_{feature}.yaml)")
     parser.add_argument("--hdf5", help="file of dump.dump, if not the one the config names")
-    parser.add_argument("--image_dir", help="images of the pair list, or of --hdf5")
+    parser.add_argument("--image_dir", help="images of the pair list, of --hdf5, or of hpatches")
     parser.add_argument("--depth_dir", help="depth maps of the pair list's images: a/b.h5 or a/b.png for a/b.jpg")
     parser.add_argument("--weights", nargs="+", metavar="FILE",
                         help="checkpoint of the networks, or one for each (default: the method's file under weights/)")
@@ -230,11 +243,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--match_threshold", type=number(0, 1),
                         help="score of a network's match (default: 0.2, of LightGlue 0.1)")
     parser.add_argument("--ratio", type=number(0, 1), default=0.8, help="of NN_ratio (default: %(default)s)")
-    parser.add_argument("--threshold", type=_threshold, metavar="PIXELS",
-                        help="of the pose estimator (default: 1 for yfcc and megadepth1500, else 3); sweep: try "
-                        f"{', '.join(f'{threshold:g}' for threshold in SWEEP)} and report the best")
+    parser.add_argument("--threshold", type=number(1e-6), nargs="+", metavar="PIXELS",
+                        help="of the pose estimator, a table for each (default: 1 for yfcc and megadepth1500, else 3)")
     parser.add_argument("--estimator", choices=[*ESTIMATORS, "all"], default="magsac",
-                        help="of the pose; all: a table for each (default: %(default)s)")
+                        help="of the pose; all: a table for each that is installed (default: %(default)s)")
     parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
                         help="pair list: keypoints of an image (default: %(default)s)")
     parser.add_argument("--contrast_threshold", type=number(0), default=1e-5,
@@ -262,67 +274,39 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("name a set: --dataset, or --pairs and --image_dir")
     if args.resize and len(args.resize) > 2:
         parser.error("--resize takes a width and a height, or the longer side, in pixels")
-    if args.estimator_seeds > 1 and args.threshold == "sweep":
-        parser.error("--estimator_seeds goes with one --threshold, not with a sweep")
     if args.use_uncertainty and not args.use_iterative:
         parser.error("--use_uncertainty goes with --use_iterative")
     if args.protocol == "published" and args.estimator != "magsac":
         parser.error("--protocol published goes with --estimator magsac")
+    if args.dataset == "hpatches":
+        for option in ("pairs", "config", "hdf5", "resize", "depth_dir", "use_iterative", "plot_time_auc"):
+            if getattr(args, option):
+                parser.error(f"--{option} does not go with --dataset hpatches, which has homographies and no cameras")
+        if args.protocol == "published" or args.estimator not in (*HOMOGRAPHY_ESTIMATORS, "all"):
+            parser.error(f"--dataset hpatches takes the --estimator {', '.join(HOMOGRAPHY_ESTIMATORS)} or all")
     args.feature_type = args.feature_type or default_feature_type(args.matching_method)
     args.device = str(choose_device(args.device))
     if args.threshold is None:
-        args.threshold = DEFAULT_POSE_THRESHOLD[args.dataset]
+        args.threshold = [DEFAULT_POSE_THRESHOLD[args.dataset]]
     if args.save_path is None:
         args.save_path = f"runs/eval/{args.dataset or Path(args.pairs).stem}_{args.feature_type}"
     return args
 
 
-def _threshold(text: str) -> float | str:
-    if text == "sweep":
-        return text
-    try:
-        if 0 < float(text) < np.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels above 0 nor sweep")
-
-
-def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, list, dict | None]:
-    """Evaluate as the command line says: results, pairs skipped, and with a sweep what it found."""
-    estimators = list(ESTIMATORS) if args.estimator == "all" else [args.estimator]
+def run_methods(args, pair_set, methods: dict[str, Method]) -> tuple[Results, list]:
+    """Evaluate as the command line says: results, and pairs skipped."""
+    if args.estimator == "pycolmap":
+        import_pycolmap()  # says what is missing before the work
+    estimators = [args.estimator]
     if args.protocol == "published":
         estimators = [PUBLISHED_ESTIMATOR]
-    thresholds = SWEEP if args.threshold == "sweep" else [args.threshold]
-    settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators for threshold in thresholds
-                for k in range(args.estimator_seeds)]
-    depends_on = journal_settings(args, pair_set, methods)
-
-    def evaluate_some(journal_name, some, settings):
-        with Journal(Path(args.save_path) / journal_name, depends_on) as journal:
-            return evaluate(pair_set, some, settings, args.device, args.limit, args.workers, journal)
-
-    if args.threshold != "sweep":
-        return *evaluate_some(JOURNALS[0], methods, settings), None
-    # the loop depends on the threshold from its first pose on: it runs at the one-shot matches' best
-    one_shot = {name: method for name, method in methods.items() if not method.iterative}
-    loops = {name: method for name, method in methods.items() if method.iterative}
-    results, skipped = evaluate_some(JOURNALS[0], one_shot, settings)
-    if not any(pose_errors(rows) for rows in results[settings[0]].values()):
-        raise InputError("--threshold sweep needs pairs with a known pose")
-    sweep = summary.sweep_thresholds(results)
-    best = summary.best_settings(sweep, args.seed)
-    if not loops:
-        return {setting: results[setting] for setting in best}, skipped, sweep
-    loop_results, failed = evaluate_some(JOURNALS[1], loops, best)
-    both = {}
-    for setting in best:
-        rows = results[setting] | loop_results[setting]
-        common = set.intersection(*({row.index for row in rows[name]} for name in methods))
-        both[setting] = {name: [row for row in rows[name] if row.index in common] for name in methods}
-    reasons = dict(failed) | dict(skipped)
-    names = [pair_set.name(i) for i in range(len(pair_set))]
-    return both, [(name, reasons[name]) for name in names if name in reasons], sweep
+    elif args.estimator == "all":
+        known = HOMOGRAPHY_ESTIMATORS if args.dataset == "hpatches" else ESTIMATORS
+        estimators = [name for name in known if name != "pycolmap" or find_spec(name)]
+    settings = [PoseSetting(estimator, threshold, args.seed + k) for estimator in estimators
+                for threshold in args.threshold for k in range(args.estimator_seeds)]
+    with Journal(Path(args.save_path) / JOURNAL, journal_settings(args, pair_set, methods)) as journal:
+        return evaluate(pair_set, methods, settings, args.device, args.limit, args.workers, journal)
 
 
 def by_first_seed(results: Results, seed: int) -> tuple[Results, dict[PoseSetting, list]]:
@@ -341,15 +325,17 @@ def main(argv=None) -> int:
     hashes = {path: file_hash(path) for path in set(paths.values())}
     notes = {"weights": {name: {"path": path, "sha256": hashes[path]} for name, path in paths.items()}}
     trained_on = warn_of_training_scenes(pair_set, methods)
-    results, skipped, sweep = run_methods(args, pair_set, methods)
+    results, skipped = run_methods(args, pair_set, methods)
     if not any(next(iter(results.values())).values()):
         raise InputError(f"none of the pairs could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     results, others = by_first_seed(results, args.seed)
-    tables = {setting: summary.summarize(by_method, args.seed, others[setting])
-              for setting, by_method in results.items()}
-    for setting, table in tables.items():
-        best = ", the best threshold on these very pairs and so an optimistic one" if sweep else ""
-        print(f"{setting}{best}", summary.format_table(table), sep="\n")
+    parts = SPLITS if args.dataset == "hpatches" else {None: ""}
+    tables = {(setting, part): summary.summarize(summary.select(by_method, prefix), args.seed,
+                                                 [summary.select(other, prefix) for other in others[setting]])
+              for setting, by_method in results.items() for part, prefix in parts.items()
+              if any(summary.select(by_method, prefix).values())}
+    for (setting, part), table in tables.items():
+        print(f"{setting}, {part}" if part else setting, summary.format_table(table), sep="\n")
         for method, numbers in table.items():
             if numbers.get("by_iteration"):
                 print(f"\n{method}", summary.format_iterations(numbers), sep="\n")
@@ -358,16 +344,13 @@ def main(argv=None) -> int:
         print("protocol: published (its published figures could not be checked with this program)")
     if args.workers:
         print(f"times: with {args.workers} processes at work beside the network; compare those of --workers 0")
-    if sweep:
-        print(summary.format_sweep(sweep))
-        notes["sweep"] = {"auc10": sweep, "note": "thresholds chosen by AUC@10 on these very pairs: optimistic"}
     if trained_on:
         notes["trained_on_tested_scenes"] = trained_on
 
     folder = Path(args.save_path)
     summary.write_results(folder / "results.json", vars(args), tables, skipped, **notes)
     summary.write_pairs_csv(folder / "pairs.csv", results)
-    first, table = next(iter(tables.items()))
+    (first, _), table = next(iter(tables.items()))
     drawn = {name: method for name, method in methods.items() if not method.shortened}
     scored = any(numbers["pairs_with_pose"] for numbers in table.values())
     if scored:
@@ -379,10 +362,10 @@ def main(argv=None) -> int:
     if args.plot_time_auc and scored:
         summary.plot_time_auc(folder / "time_auc.png", table, methods)
     not_drawn = write_pictures(folder, pair_set, drawn, results[first], first, args.pictures, args.device)
-    for name in JOURNALS:  # all is written: there is nothing left to resume
-        (folder / name).unlink(missing_ok=True)
+    (folder / JOURNAL).unlink(missing_ok=True)  # all is written: there is nothing left to resume
     print(f"results: {folder}")
-    return max(report_skipped(skipped, "pairs"), report_skipped(not_drawn, "pictures"))
+    items = "sequences" if args.dataset == "hpatches" else "pairs"
+    return max(report_skipped(skipped, items), report_skipped(not_drawn, "pictures"))
 
 
 if __name__ == "__main__":

@@ -116,12 +116,12 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
     and `matches(threshold)`, see `nets.matchers.MatchingState`; where its `pools` is True also n_min_tokens, and the
     states `remove(threshold, n_min_tokens)`; where its `has_exit` is True, the loop also ends where the states'
     `is_confident()` says that more iterations will hardly change a match. data: as it takes it, B = 1. estimate:
-    matches (M, 2), scores (M,) -> R, t, inliers (M,) or None; it gets no scores for the pose at the end of a loop in
-    which no two poses agreed (see `tools.pose.estimate_pose`). use_uncertainty: pool by a threshold in proportion to
-    the share of inliers, so that more keypoints stay where the pose is doubtful. threshold: score of the matches that
-    are returned if the pose never stayed the same. n_layers: iterations at most (None: all that the network has).
-    published: as the published program, pool with use_uncertainty alone, and also views of exactly n_min_tokens
-    keypoints. schedule: when to read matches.
+    matches (M, 2), scores (M,), quick -> R, t, inliers (M,) or None; the search is quick (see
+    `tools.pose.estimate_pose`) but for the pose at the end of a loop in which no two poses agreed (no scores then).
+    use_uncertainty: pool by a threshold in proportion to the share of inliers, so that more keypoints stay where the
+    pose is doubtful. threshold: score of the matches that are returned if the pose never stayed the same. n_layers:
+    iterations at most (None: all that the network has). published: as the published program, pool with use_uncertainty
+    alone, and also views of exactly n_min_tokens keypoints. schedule: when to read matches.
     """
     n_layers = network.n_layers if n_layers is None else n_layers
     steps, last_pose = [], None
@@ -139,7 +139,7 @@ def match_iteratively(network, data: dict, estimate, use_uncertainty: bool = Fal
         steps.append(step)
         enough = len(step.matches) >= MIN_MATCHES
         if enough:
-            step.pose = estimate(step.matches, step.scores)
+            step.pose = estimate(step.matches, step.scores, quick=True)
         inlier_ratio = 0.0 if step.pose is None else float(np.mean(step.pose[2]))
         if inlier_ratio > 0 and same_pose(step.pose, last_pose, schedule.same_pose):
             R, t, inliers = step.pose

@@ -34,7 +34,7 @@ from eval.image_matcher import ImageMatcher, focal_K
 from eval.image_matches import ImageMatches, LoadedImage, describe_pose
 from eval.match_report import count_verdicts, write_report
 from eval.methods import MATCHERS
-from tools.cli import MOST_KEYPOINTS, InputError, reason, report_skipped, run, whole_number
+from tools.cli import MOST_KEYPOINTS, InputError, number, reason, report_skipped, run, whole_number
 from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
@@ -181,12 +181,12 @@ def model_used_before(save_path: Path) -> tuple | None:
 
 
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
-                with_iterations: bool = False) -> tuple[dict[str, dict], Counter, list[tuple[str, str]]]:
+                with_iterations: bool = False) -> tuple[dict[str, dict], int, list[tuple[str, str]]]:
     """Match pairs, write their files (`write_pair`) and the report; pairs that are complete are left as they are.
 
     Each image is read once, and kept for as long as pairs of it are to come. Returns the summaries by name of the
-    pairs' files, counts, and (name, reason) of the images that could not be read and of the pairs that could not be
-    matched.
+    pairs' files, how many of them were there already, and (name, reason) of the images that could not be read and of
+    the pairs that could not be matched.
     """
     def settings(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
@@ -196,7 +196,6 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
                                      [image_dir / pair.image0, image_dir / pair.image1])
                  for pair, name in zip(pairs, names)}
     jobs = [(pair, name) for pair, name in zip(pairs, names) if summaries[name] is None]
-    counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
     uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
     views, failed = {}, {}
     for pair, name in tqdm(jobs, "pairs", disable=None):
@@ -214,20 +213,15 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
             except Exception as error:
                 failed[f"{pair.image0} {pair.image1}"] = reason(error)
             else:
-                counts["matched"] += 1
                 summaries[name] = found.summary()
-                counts["without K"] += found.K0 is None or found.K1 is None
-                guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
-                            if source == "EXIF"}
         for key in image_keys(pair):
             uses[key] -= 1
             if not uses[key]:
                 views.pop(key, None)
-    counts["guessed"] = len(guessed)
     summaries = {name: summary for name, summary in summaries.items() if summary is not None}
     if summaries:
         write_report(save_path, summaries)
-    return summaries, counts, list(failed.items())
+    return summaries, len(pairs) - len(jobs), list(failed.items())
 
 
 def image_keys(pair: Pair) -> list[tuple[str, int | None]]:
@@ -264,15 +258,8 @@ def describe(found: ImageMatches) -> str:
     return "\n".join([*lines, line, describe_pose(found)])
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
-    parser.add_argument("images", nargs="+", metavar="INPUT",
-                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
-    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
-    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
-                        help="camera of the first image, for the image as stored; without --K1: of all images")
-    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
-    parser.add_argument("--focal", type=float, help="focal length of all images in pixels, instead of --K0")
+def add_matcher_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `build_matcher` takes, which commands on images of one's own share."""
     parser.add_argument("--matching_method", choices=list(MATCHERS), metavar="METHOD",
                         help=f"one of {', '.join(MATCHERS)} (default: the best that there are weights for)")
     parser.add_argument("--feature_type", choices=list(FEATURE_TYPES), help="local features (default: likewise)")
@@ -282,22 +269,44 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="all matches of the last iteration, no poses on the way")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="poselib",
                         help="of the pose (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, default=1.0,
+    parser.add_argument("--threshold", type=number(1e-6), default=1.0,
                         help="of the pose's inliers, pixels of the images as matched (default: %(default)s)")
     parser.add_argument("--max_keypoints", type=whole_number(1, MOST_KEYPOINTS), default=2000,
                         help="of an image (default: %(default)s)")
     parser.add_argument("--resize", type=whole_number(1), default=1600, metavar="PIXELS",
                         help="longer side at which images are matched, at most (default: %(default)s)")
-    parser.add_argument("--draw_iterations", action="store_true",
-                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """(3, 3)."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def build_matcher(args: argparse.Namespace, model: tuple) -> ImageMatcher:
+    """The `ImageMatcher` of the command line, and say which it is; model: method, features and weights, or None."""
+    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold, args.one_shot,
+                           args.seed, args.device, args.feature_weights)
+    used = matcher.settings
+    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    return matcher
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("eval.match_images", description=__doc__.split("\n\n")[0])
+    parser.add_argument("images", nargs="+", metavar="INPUT",
+                        help="two or more images, or a folder of them (all pairs of either), or a list of pairs")
+    parser.add_argument("--image_dir", help="what the names in a list are relative to (default: its folder)")
+    parser.add_argument("--K0", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                        help="camera of the first image, for the image as stored; without --K1: of all images")
+    parser.add_argument("--K1", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="camera of the second")
+    parser.add_argument("--focal", type=number(1e-6), help="focal length of all images in pixels, instead of --K0")
+    add_matcher_options(parser)
+    parser.add_argument("--draw_iterations", action="store_true",
+                        help="draw the iterations too: NAME0_NAME1_iterations.png and .gif")
     parser.add_argument("--save_path", default="runs/matches", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("focal", "threshold"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < np.inf:
-            parser.error(f"--{name} {value}: must be more than 0")
     for name in ("K0", "K1"):
         value = getattr(args, name)
         if value is not None and not (np.isfinite(value).all() and min(value[:2]) > 0):
@@ -319,16 +328,12 @@ def main(argv=None) -> int:
     pairs, image_dir = find_pairs(args.images, args.image_dir)
     if args.K1 and len(args.images) != 2:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
-    K0, K1 = (None if K is None else np.array([[K[0], 0, K[2]], [0, K[1], K[3]], [0, 0, 1]])
-              for K in (args.K0, args.K1 or args.K0))
+    K0, K1 = (None if K is None else camera_matrix(*K) for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
     model = args.matching_method, args.feature_type, args.weights
     if not any(model):
         model = model_used_before(save_path) or model
-    matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold,
-                           args.one_shot, args.seed, args.device, args.feature_weights)
-    used = matcher.settings
-    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    matcher = build_matcher(args, model)
 
     if len(pairs) == 1:
         (pair,) = pairs
@@ -341,16 +346,18 @@ def main(argv=None) -> int:
         print(*write_pair(found, save_path / output_names(pairs)[0], settings, args.draw_iterations), sep="\n")
         return 0
 
-    summaries, counts, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
+    summaries, n_complete, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
     if not summaries:
         raise InputError(f"none of the {len(pairs)} pairs could be matched; the first reason: {failed[0][1]}")
-    print(f"{counts['matched']} pairs matched"
-          + (f"; {counts['complete']} were there already" if counts["complete"] else "")
+    print(f"{len(summaries) - n_complete} pairs matched"
+          + (f"; {n_complete} were there already" if n_complete else "")
           + f": {count_verdicts(summaries)}: {save_path / 'index.html'}")
-    if counts["guessed"]:
-        print(f"the focal length of {counts['guessed']} images was guessed from EXIF")
-    if counts["without K"]:
-        print(f"{counts['without K']} pairs have no pose because a camera is not known: --focal or --K0 gives it")
+    guessed = {pair[f"image{v}"] for pair in summaries.values() for v in "01" if pair[f"K_source{v}"] == "EXIF"}
+    if guessed:
+        print(f"the focal length of {len(guessed)} images was guessed from EXIF")
+    n_unknown = sum("unknown" in (pair["K_source0"], pair["K_source1"]) for pair in summaries.values())
+    if n_unknown:
+        print(f"{n_unknown} pairs have no pose because a camera is not known: --focal or --K0 gives it")
     return report_skipped(failed, "images or pairs")
 
 

@@ -28,7 +28,7 @@ from eval.peers import LIGHTGLUE_FEATURES, LightGlue, lightglue_file
 from tools.checkpoint import default_weights, load_checkpoint, load_matcher
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES
-from tools.pose import timed_estimate_pose
+from tools.pose import estimate_homography, estimate_pose, timed
 from tools.pretrained import find_pretrained
 
 
@@ -231,25 +231,29 @@ class PoseSetting:
 
 @dataclass
 class PoseEstimator:
-    """Matches (M, 2) of a pair, scores (M,) or None -> R, t, inliers (M,), or None; None too without both cameras.
+    """Matches (M, 2) of a pair -> R, t, inliers (M,), or None; scores (M,), quick: as `estimate_pose` takes them.
 
-    compute: `timed_estimate_pose`, here or in another process. seconds: how long all poses took to compute; elapsed:
-    the same with the wait for the process.
+    A pair that a homography relates gives H, inliers; one without both cameras None. compute: `timed`, here or in
+    another process. seconds: how long all poses took to compute; elapsed: the same with the wait for the process.
     """
 
     pair: EvalPair
     setting: PoseSetting
-    compute: Callable = timed_estimate_pose
+    compute: Callable = timed
     seconds: float = 0.0
     elapsed: float = 0.0
 
-    def __call__(self, matches: np.ndarray, scores: np.ndarray | None = None) -> tuple | None:
-        pair, setting = self.pair, self.setting
-        if pair.K0 is None or pair.K1 is None:
+    def __call__(self, matches: np.ndarray, scores: np.ndarray | None = None, quick: bool = False) -> tuple | None:
+        pair, keypoints = self.pair, self.pair.matched_keypoints(matches)
+        setting = self.setting.threshold, self.setting.estimator, self.setting.seed
+        if pair.H_0to1 is not None:
+            task = estimate_homography, *keypoints, *setting
+        elif pair.K0 is not None and pair.K1 is not None:
+            task = estimate_pose, *keypoints, pair.K0, pair.K1, *setting, scores, quick
+        else:
             return None
         start = time.perf_counter()
-        pose, seconds = self.compute(*pair.matched_keypoints(matches), pair.K0, pair.K1, setting.threshold,
-                                     setting.estimator, setting.seed, scores)
+        pose, seconds = self.compute(*task)
         self.seconds += seconds
         self.elapsed += time.perf_counter() - start
         return pose

@@ -42,8 +42,9 @@ class EvalPair:
     """Two views as a matcher sees them, upright, and what is known of their cameras.
 
     index: place in the set. K0, K1: (3, 3) for the upright images, OpenCV's pixel convention, or None; T_0to1: (4, 4)
-    or None. depth0/1: (N,) at the keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image
-    upright. InputError if a value cannot be right: whoever makes a pair need not check it.
+    or None; H_0to1: (3, 3), the homography from keypoints of view 0 to those of view 1, or None. depth0/1: (N,) at the
+    keypoints, 0 = unknown, or None. turns0/1: np.rot90 turns that make the stored image upright. InputError if a value
+    cannot be right: whoever makes a pair need not check it.
     """
 
     index: int
@@ -58,6 +59,7 @@ class EvalPair:
     depth1: np.ndarray | None = None
     turns0: int = 0
     turns1: int = 0
+    H_0to1: np.ndarray | None = None
 
     def __post_init__(self):
         for view, found, K, depth in (("0", self.features0, self.K0, self.depth0),
@@ -85,10 +87,13 @@ class EvalPair:
 
 
 def upright_images(pair: EvalPair) -> tuple[np.ndarray, np.ndarray]:
-    """Both images of a pair, (H, W, 3) BGR, turned as its keypoints are; InputError if one cannot be read."""
-    images = [read_image(path, color=True) for path in pair.image_paths]
-    return tuple(np.ascontiguousarray(np.rot90(image, turns))
-                 for image, turns in zip(images, (pair.turns0, pair.turns1)))
+    """Both images of a pair, (H, W, 3) BGR, turned and resized as its keypoints are; InputError if one is damaged."""
+    images = []
+    for path, turns, features in zip(pair.image_paths, (pair.turns0, pair.turns1), (pair.features0, pair.features1)):
+        image = np.ascontiguousarray(np.rot90(read_image(path, color=True), turns))
+        same = image.shape[1::-1] == tuple(features.image_size)
+        images.append(image if same else cv2.resize(image, features.image_size, interpolation=cv2.INTER_AREA))
+    return tuple(images)
 
 
 class Hdf5PairSet:

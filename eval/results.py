@@ -3,6 +3,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from eval.hpatches import ACCURACY_THRESHOLDS, corner_error, reprojection_errors
 from eval.iterative import PairMatches
 from eval.pair_sets import EvalPair
 from tools.correspondences import match_by_projection
@@ -10,6 +11,7 @@ from tools.geometry import opencv_to_colmap_K
 from tools.metrics import match_errors, pose_error
 
 PRECISION_THRESHOLD = 0.005  # epipolar error in camera coordinates below which a match counts as right
+HOMOGRAPHY_PRECISION = 3.0  # pixels, the same in pictures of pairs that a homography relates
 STAGES = ("features", "matching", "pose")  # of the seconds
 WORST_ERROR = 1.0  # of a match in their mean, at most: the error of a point on its epipole is inf
 
@@ -44,7 +46,8 @@ class PairResult:
     it; n_iterations: that a network ran. With depth: scores (M,) float32 and correct (M,) bool of all predicted
     matches between keypoints that have it, with n_true correspondences to find, of which n_used of those used were,
     n_correct rightly. stopped_early, steps: of the loop. seconds: by stage. epipolar_mean, epipolar_median: of the
-    matches' errors in camera coordinates, each at most WORST_ERROR; None without matches, too.
+    matches' errors in camera coordinates, each at most WORST_ERROR; None without matches, too. Where a homography is
+    known: error_H, pixels, inf without an estimate; accuracy: shares of the matches within ACCURACY_THRESHOLDS.
     """
 
     index: int
@@ -68,10 +71,14 @@ class PairResult:
     steps: list[StepResult] = field(default_factory=list)
     epipolar_mean: float | None = None
     epipolar_median: float | None = None
+    error_H: float | None = None
+    accuracy: list[float] | None = None
 
     @property
     def error(self) -> float | None:
-        """Pose error in degrees: the larger of both."""
+        """Pose error in degrees: the larger of both; of a homography in pixels."""
+        if self.error_H is not None:
+            return self.error_H
         return None if self.error_R is None else max(self.error_R, self.error_t)
 
     def to_json(self) -> dict:
@@ -107,6 +114,13 @@ def epipolar_errors(pair: EvalPair, matches: np.ndarray) -> np.ndarray | None:
     return match_errors(*pair.matched_keypoints(matches), pair.K0, pair.K1, pair.T_0to1)
 
 
+def errors_to_draw(pair: EvalPair, matches: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """Errors (M,) of matches (M, 2), None if the truth is not known, and below which one counts as right."""
+    if pair.H_0to1 is not None:
+        return reprojection_errors(*pair.matched_keypoints(matches), pair.H_0to1), HOMOGRAPHY_PRECISION
+    return epipolar_errors(pair, matches), PRECISION_THRESHOLD
+
+
 def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray, pose: tuple | None
            ) -> np.ndarray | None:
     """Set error_R, error_t and precision, if the truth is known; returns the epipolar errors (M,)."""
@@ -119,7 +133,7 @@ def _judge(result: PairResult | StepResult, pair: EvalPair, matches: np.ndarray,
 
 
 def _n_inliers(pose: tuple | None) -> int:
-    return 0 if pose is None else int(np.sum(pose[2]))
+    return 0 if pose is None else int(np.sum(pose[-1]))
 
 
 def score_pair(pair: EvalPair, found: PairMatches, true0: np.ndarray | None, seconds_features: float) -> PairResult:
@@ -128,6 +142,11 @@ def score_pair(pair: EvalPair, found: PairMatches, true0: np.ndarray | None, sec
     result = PairResult(pair.index, pair.names, len(pair.features0.scores), len(pair.features1.scores), len(matches),
                         _n_inliers(found.pose), {"features": seconds_features, **found.seconds},
                         n_iterations=found.n_iterations, stopped_early=found.stopped_early)
+    if pair.H_0to1 is not None:
+        result.error_H = np.inf if found.pose is None else corner_error(
+            found.pose[0], pair.H_0to1, pair.features0.image_size)
+        errors = reprojection_errors(*pair.matched_keypoints(matches), pair.H_0to1)
+        result.accuracy = [int(np.sum(errors <= pixels)) / max(len(matches), 1) for pixels in ACCURACY_THRESHOLDS]
     errors = _judge(result, pair, matches, found.pose)
     if errors is not None:
         result.matching_score = int(np.sum(errors < PRECISION_THRESHOLD)) / max(result.n_keypoints0, 1)

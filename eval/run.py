@@ -15,7 +15,7 @@ from eval.pair_sets import EvalPair
 from eval.results import PairResult, score_pair, true_correspondences
 from tools.cli import InputError, reason
 from tools.metrics import pose_auc
-from tools.pose import timed_estimate_pose
+from tools.pose import timed
 from tools.processes import WorkerPool, in_order
 
 Results = dict[PoseSetting, dict[str, list[PairResult]]]
@@ -33,12 +33,12 @@ def run_pair(pair: EvalPair, methods: dict[str, Method], settings: list[PoseSett
     def estimate_in_pool(*arguments):
         network.release()
         try:
-            return pool.submit(timed_estimate_pose, *arguments).result()
+            return pool.submit(timed, *arguments).result()
         finally:
             network.acquire()
 
     data, found = to_data(pair, device), {setting: {} for setting in settings}
-    compute = timed_estimate_pose if pool is None else estimate_in_pool
+    compute = timed if pool is None else estimate_in_pool
     with network:
         for name, method in methods.items():
             estimates = [PoseEstimator(pair, setting, compute) for setting in settings]
@@ -129,7 +129,8 @@ def evaluate(pair_set, methods: dict[str, Method], settings: list[PoseSetting], 
         if pool is not None:
             threads.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
-    return results, [(pair_set.name(position), skipped[position]) for position in sorted(skipped)]
+    # what makes several pairs of one name unusable is said once
+    return results, list(dict.fromkeys((pair_set.name(position), skipped[position]) for position in sorted(skipped)))
 
 
 def pose_errors(results: list[PairResult]) -> list[float]:

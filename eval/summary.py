@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import torch
 
+from eval.hpatches import ACCURACY_THRESHOLDS
 from eval.methods import Method, PoseSetting
 from eval.results import STAGES, PairResult
 from eval.run import Results, pose_errors
@@ -15,6 +16,7 @@ from tools.metrics import bootstrap_interval, pose_auc, precision_at_recall
 from tools.visualize import plot, plot_curves
 
 AUC_THRESHOLDS = (5, 10, 20)  # degrees
+HOMOGRAPHY_THRESHOLDS = (1, 3, 5)  # pixels, of corner errors and of matches
 VERSION = 2  # of results.json
 
 
@@ -23,19 +25,29 @@ def _mean(values, function=np.mean) -> float | None:
     return float(function(known)) if known else None
 
 
-def _auc(errors: list[list[float]], seed: int, baseline=None) -> dict:
+def select(results: dict[str, list[PairResult]], prefix: str) -> dict[str, list[PairResult]]:
+    """The results of the pairs whose images have names that start so."""
+    return {method: [row for row in rows if row.names[0].startswith(prefix)] for method, rows in results.items()}
+
+
+def _thresholds(rows: list[PairResult]) -> tuple[int, ...]:
+    """At which AUC is given, of pose errors or of corner errors."""
+    return AUC_THRESHOLDS if all(row.error_H is None for row in rows) else HOMOGRAPHY_THRESHOLDS
+
+
+def _auc(errors: list[list[float]], seed: int, thresholds=AUC_THRESHOLDS, baseline=None) -> dict:
     """Mean AUC of some runs over the same pairs at each threshold, and its 95% interval; {} without errors.
 
     baseline: errors of another method on these pairs, for the interval of the gain over it.
     """
     if not errors[0]:
         return {}
-    names = list(map(str, AUC_THRESHOLDS))
-    aucs = np.mean([pose_auc(run, AUC_THRESHOLDS) for run in errors], axis=0)
+    names = list(map(str, thresholds))
+    aucs = np.mean([pose_auc(run, thresholds) for run in errors], axis=0)
     numbers = {"auc": dict(zip(names, aucs.tolist())),
-               "auc_interval": dict(zip(names, bootstrap_interval(errors, AUC_THRESHOLDS, seed)))}
+               "auc_interval": dict(zip(names, bootstrap_interval(errors, thresholds, seed)))}
     if baseline is not None:
-        gains = bootstrap_interval(errors, AUC_THRESHOLDS, seed, baseline=baseline)
+        gains = bootstrap_interval(errors, thresholds, seed, baseline=baseline)
         numbers["auc_gain_interval"] = dict(zip(names, gains))
     return numbers
 
@@ -46,9 +58,9 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
     others: results of the same pairs with other seeds of the estimator; AUCs are means over all. Shares and AUCs in
     [0, 1]; precision and matching score are means over pairs, the ones against depth are pooled. epipolar_error, in
     camera coordinates: mean over pairs of the mean of a pair's matches, and median of the medians. Of the loop also
-    what `summarize_iterations` gives (by_iteration), and with depth iterations_of_halves: mean iterations of the half
-    of the pairs with more true correspondences, the easier one, and of the other. auc_gain_interval: of the AUC less
-    the first method's, by a bootstrap over the same pairs.
+    what `summarize_iterations` gives (by_iteration). auc_gain_interval: of the AUC less the first method's, by a
+    bootstrap over the same pairs. Of homographies: AUC of the corner error, and match_accuracy, {pixels: mean over
+    pairs of the share of matches that the true homography maps within so many}.
     """
     summary, baseline, baseline_recall = {}, None, None
     for method, rows in results.items():
@@ -57,10 +69,13 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
         runs = [errors, *(pose_errors(other[method]) for other in others)]
         same_pairs = np.shape(baseline) == np.shape(runs)
         numbers = {"pairs": len(rows), "pairs_with_pose": len(errors),
-                   **_auc(runs, seed, baseline if same_pairs else None)}
+                   **_auc(runs, seed, _thresholds(rows), baseline if same_pairs else None)}
         baseline = runs if baseline is None else baseline
         if errors:
             numbers["pose_found"] = float(np.mean(np.isfinite(errors)))
+        if rows and rows[0].accuracy is not None:
+            accuracy = np.mean([row.accuracy for row in rows], axis=0).tolist()
+            numbers["match_accuracy"] = dict(zip(map(str, ACCURACY_THRESHOLDS), accuracy))
         numbers["precision"] = _mean(row.precision for row in rows)
         numbers["matching_score"] = _mean(row.matching_score for row in rows)
         numbers["epipolar_error"] = {"mean": _mean(row.epipolar_mean for row in rows),
@@ -75,9 +90,6 @@ def summarize(results: dict[str, list[PairResult]], seed: int, others=()) -> dic
             numbers["keypoints_kept"] = _mean((row.steps[-1].kept0 + row.steps[-1].kept1) / 2
                                               for row in rows if row.steps)
             numbers["by_iteration"] = summarize_iterations(rows, seed)
-            if len(with_depth) > 1:
-                easiest_first = [row.n_iterations for row in sorted(with_depth, key=lambda row: -row.n_true)]
-                numbers["iterations_of_halves"] = [float(np.mean(half)) for half in np.array_split(easiest_first, 2)]
 
         n_true = sum(row.n_true for row in with_depth)
         if n_true:
@@ -127,7 +139,7 @@ def _rounded(value: float | None, digits: int = 0) -> str:
 
 
 def _auc_cells(numbers: dict) -> dict[str, str]:
-    cells = {f"AUC@{threshold} [95%]": "-" for threshold in AUC_THRESHOLDS}
+    cells = {} if "auc" in numbers else {f"AUC@{threshold} [95%]": "-" for threshold in AUC_THRESHOLDS}
     for threshold, value in numbers.get("auc", {}).items():
         low, high = (round(100 * bound) for bound in numbers["auc_interval"][threshold])
         cells[f"AUC@{threshold} [95%]"] = f"{_percent(value)} [{low}, {high}]"
@@ -147,7 +159,9 @@ def format_table(summary: dict[str, dict]) -> str:
     recalls = [numbers["against_depth"]["baseline_recall"] for numbers in summary.values()
                if "against_depth" in numbers]
     with_iterations = any(numbers["iterations"] is not None for numbers in summary.values())
-    notes = ["precision: by epipolar error; m.score: matching score; ms: milliseconds per pair"]
+    homographies = any("match_accuracy" in numbers for numbers in summary.values())
+    notes = ["AUC: of the corner error; MMA: mean matching accuracy; both at pixels; ms: milliseconds per pair"
+             if homographies else "precision: by epipolar error; m.score: matching score; ms: milliseconds per pair"]
     if recalls:
         recall = _percent(recalls[0])
         notes.append(f"*: against the correspondences by depth; prec*@{recall}: at that recall")
@@ -155,8 +169,13 @@ def format_table(summary: dict[str, dict]) -> str:
         notes.append("kept: keypoints of a view at the last iteration of the loop")
     table = []
     for method, numbers in summary.items():
-        row = {"method": method, **_auc_cells(numbers), "precision": _percent(numbers["precision"]),
-               "m.score": _percent(numbers["matching_score"]), "matches": _rounded(numbers["matches"])}
+        row = {"method": method, **_auc_cells(numbers)}
+        if homographies:
+            row |= {f"MMA@{pixels}": _percent(numbers["match_accuracy"][str(pixels)])
+                    for pixels in HOMOGRAPHY_THRESHOLDS}
+        else:
+            row |= {"precision": _percent(numbers["precision"]), "m.score": _percent(numbers["matching_score"])}
+        row["matches"] = _rounded(numbers["matches"])
         if recalls:
             against = numbers.get("against_depth", {})
             row |= {"recall*": _percent(against.get("recall")), "prec*": _percent(against.get("precision")),
@@ -167,54 +186,28 @@ def format_table(summary: dict[str, dict]) -> str:
     first, *rest = summary
     gains = []
     for method in rest:
-        if "auc_gain_interval" in summary[method]:
-            low, high = (100 * bound for bound in summary[method]["auc_gain_interval"]["20"])
-            gains.append(f"AUC@20 of {method} less that of {first}: 95% in [{low:+.1f}, {high:+.1f}]")
+        for threshold, interval in list(summary[method].get("auc_gain_interval", {}).items())[-1:]:
+            low, high = (100 * bound for bound in interval)
+            gains.append(f"AUC@{threshold} of {method} less that of {first}: 95% in [{low:+.1f}, {high:+.1f}]")
     return "\n".join([*align(table), *gains, *notes])
 
 
 def format_iterations(numbers: dict) -> str:
     """What `summarize` tells of a loop, as aligned plain text."""
-    lines = align([{"if ended after": f"{row['iterations']} iterations", **_auc_cells(row),
+    return "\n".join(align([{"if ended after": f"{row['iterations']} iterations", **_auc_cells(row),
                     "precision": _percent(row["precision"]), "running": _percent(row["running"]),
                     "stopped": _percent(row["stopped"]), "kept": _rounded(row["keypoints_kept"])}
-                   for row in numbers["by_iteration"]])
-    if "iterations_of_halves" in numbers:
-        easier, harder = numbers["iterations_of_halves"]
-        lines.append(f"mean iterations: {easier:.1f} for the half of the pairs with more true correspondences, "
-                     f"{harder:.1f} for the other")
-    return "\n".join(lines)
+                   for row in numbers["by_iteration"]]))
 
 
-def sweep_thresholds(results: Results) -> dict[str, dict[float, dict[str, float]]]:
-    """AUC@10 of each method at each threshold: {estimator: {threshold: {method: AUC}}}."""
-    sweep = {}
-    for setting, by_method in results.items():
-        sweep.setdefault(setting.estimator, {})[setting.threshold] = {
-            method: pose_auc(pose_errors(rows), [10])[0] for method, rows in by_method.items()}
-    return sweep
-
-
-def best_settings(sweep: dict, seed: int = 0) -> list[PoseSetting]:
-    """For each estimator the threshold with the highest AUC@10, averaged over the methods; the first of equals."""
-    return [PoseSetting(estimator, max(by_threshold, key=lambda t: np.mean(list(by_threshold[t].values()))), seed)
-            for estimator, by_threshold in sweep.items()]
-
-
-def format_sweep(sweep: dict) -> str:
-    """AUC@10 in percent by estimator, method and threshold, as aligned plain text."""
-    return "\n".join(align([
-        {"AUC@10 at a threshold of": f"{estimator}, {method}",
-         **{f"{threshold:g} px": _percent(aucs[method]) for threshold, aucs in sorted(by_threshold.items())}}
-        for estimator, by_threshold in sweep.items() for method in next(iter(by_threshold.values()))]))
-
-
-def write_results(path, settings: dict, summaries: dict[PoseSetting, dict], skipped: list, **notes) -> None:
-    """Write results.json: format version, settings, versions, a table per estimator, the pairs left out, and notes."""
+def write_results(path, settings: dict, summaries: dict[tuple[PoseSetting, str | None], dict], skipped: list,
+                  **notes) -> None:
+    """Write results.json: version, settings, versions, a table per estimator and part of the set, the pairs left out,
+    and notes."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "opencv": cv2.__version__, "poselib": version("poselib")}
-    tables = [{"estimator": setting.estimator, "threshold": setting.threshold, "methods": summary}
-              for setting, summary in summaries.items()]
+    tables = [{"estimator": setting.estimator, "threshold": setting.threshold, **({"part": part} if part else {}),
+               "methods": summary} for (setting, part), summary in summaries.items()]
     write_json(path, {"version": VERSION, "settings": settings, "versions": versions, "tables": tables, **notes,
                       "skipped": [{"pair": name, "reason": reason} for name, reason in skipped]})
 
@@ -244,6 +237,7 @@ def write_pairs_csv(path, results: Results) -> None:
         "matching_score": row.matching_score, "epipolar_mean": row.epipolar_mean,
         "epipolar_median": row.epipolar_median, "true": row.n_true, "used_with_depth": row.n_used,
         "correct": row.n_correct, "iterations": row.n_iterations, "stopped_early": row.stopped_early,
+        **({} if row.accuracy is None else {f"within_{n}_px": row.accuracy[n - 1] for n in HOMOGRAPHY_THRESHOLDS}),
         **{f"ms_{stage}": round(1000 * row.seconds[stage], 3) for stage in STAGES}} for key, row in _each(results)])
 
 
@@ -257,18 +251,19 @@ def write_iterations_csv(path, results: Results) -> None:
 
 def _named(results: Results) -> dict[str, list[PairResult]]:
     """{label: rows} of every method, with the estimator where there are several."""
-    return {method if len(results) == 1 else f"{method}, {setting.estimator}": rows
+    return {method if len(results) == 1 else f"{method}, {setting}": rows
             for setting, by_method in results.items() for method, rows in by_method.items()}
 
 
 def plot_pose_recall(path, results: Results) -> None:
-    """Write a PNG: share of pairs (percent) whose pose error is at most x degrees, one curve a method."""
-    degrees = np.linspace(0, AUC_THRESHOLDS[-1], 401)
-    curves = {}
+    """Write a PNG: share of pairs (percent) whose pose error (or corner error) is at most x, one curve a method."""
+    thresholds, curves = AUC_THRESHOLDS, {}
     for label, rows in _named(results).items():
-        errors = np.sort(pose_errors(rows))
-        curves[label] = (degrees, 100 * np.searchsorted(errors, degrees, side="right") / len(errors))
-    plot_curves(path, curves, "pose error (degrees)", "pairs below it (%)", ylim=(0, 100))
+        thresholds, errors = _thresholds(rows), np.sort(pose_errors(rows))
+        x = np.linspace(0, thresholds[-1], 401)
+        curves[label] = (x, 100 * np.searchsorted(errors, x, side="right") / len(errors))
+    plot_curves(path, curves, "pose error (degrees)" if thresholds == AUC_THRESHOLDS else "corner error (pixels)",
+                "pairs below it (%)", ylim=(0, 100))
 
 
 def plot_iterations_used(path, results: Results) -> None:

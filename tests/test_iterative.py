@@ -59,10 +59,11 @@ class ScriptedEstimator:
     """Returns pose after pose, with the first share of the matches as inliers; None where the script says so."""
 
     def __init__(self, *poses, share=0.5):
-        self.poses, self.share, self.calls, self.scores = list(poses), share, [], []
+        self.poses, self.share, self.calls, self.scores, self.quick = list(poses), share, [], [], []
 
-    def __call__(self, matches, scores=None):
+    def __call__(self, matches, scores=None, quick=False):
         self.calls.append(matches)
+        self.quick.append(quick)
         self.scores.append(scores)
         found = self.poses.pop(0)
         return None if found is None else (*found, np.arange(len(matches)) < self.share * len(matches))
@@ -122,9 +123,9 @@ def test_a_failed_pose_forgets_the_last_one_and_pools_as_without_uncertainty(fai
     network, estimate = ScriptedNetwork([ENOUGH] * 15), ScriptedEstimator(A, failed, A, A)
     shares = iter([0.5, 0.0, 0.5, 0.5])
 
-    def failing_once(matches, scores=None):
+    def failing_once(matches, scores=None, quick=False):
         estimate.share = next(shares)
-        return estimate(matches, scores)
+        return estimate(matches, scores, quick)
 
     found = match_iteratively(network, DATA, failing_once, use_uncertainty)
     assert found.stopped_early and found.n_iterations == 10
@@ -155,7 +156,7 @@ def test_never_stopped_gives_the_strong_matches_of_the_last_iteration_and_one_mo
     assert len(found.matches) == len(found.scores) == 27 and found.scores.min() == 0.5
     assert [len(call) for call in estimate.calls] == [30] * 6 + [33, 27]
     assert all(len(scores) == len(matches) for scores, matches in zip(estimate.scores[:-1], estimate.calls))
-    assert estimate.scores[-1] is None
+    assert estimate.quick == [True] * 7 + [False]
     assert found.pose[1] is H[1] and len(found.pose[2]) == 27
     assert len(found.steps) == 7 and len(found.steps[-1].matches) == 33 and found.steps[-1].pose[1] is G[1]
     assert [t for t, _ in network.removed] == [3, 5, 7, 9, 11, 13]  # after the last there is nothing to save
@@ -200,7 +201,7 @@ def make_data(n_shared=60, n_alone=60):
 def never_the_same(share=0.75):
     """An estimator that finds another pose each time, with a share of the matches as inliers."""
     angles = itertools.count(0, 17)
-    return lambda matches, scores=None: (*pose(next(angles)), np.arange(len(matches)) < share * len(matches))
+    return lambda matches, *_, **__: (*pose(next(angles)), np.arange(len(matches)) < share * len(matches))
 
 
 @pytest.mark.parametrize("kind, n_min_tokens", [("imp", 0), ("eimp", 256), ("gm", 256)])
@@ -267,7 +268,7 @@ def test_a_view_without_keypoints_has_no_matches(empty):
     network, (data, _) = make_network("eimp"), make_data()
     for name in ("descriptors", "scores", "keypoints"):
         data[name + empty] = data[name + empty][:, :0]
-    found = match_iteratively(network, data, lambda matches, scores=None: pytest.fail("nothing to estimate from"))
+    found = match_iteratively(network, data, lambda *_: pytest.fail("nothing to estimate from"))
     assert found.matches.shape == (0, 2) and found.pose is None and not found.steps and not found.stopped_early
 
 
@@ -286,8 +287,8 @@ class Timed:
     def __init__(self, estimate):
         self.estimate, self.seconds, self.elapsed = estimate, 2.0, 0.0
 
-    def __call__(self, *arguments):
-        return self.estimate(*arguments)
+    def __call__(self, *arguments, **options):
+        return self.estimate(*arguments, **options)
 
 
 def test_a_method_runs_the_loop_as_its_matcher_says():
@@ -298,7 +299,7 @@ def test_a_method_runs_the_loop_as_its_matcher_says():
     kept = {}
     for use_uncertainty in (False, True):
         outcome, other = Method(Given(network, threshold, 6), True, use_uncertainty).match(
-            data, [Timed(never_the_same(share=0.02)), Timed(lambda matches, scores=None: None)])
+            data, [Timed(never_the_same(share=0.02)), Timed(lambda matches, scores=None, quick=False: None)])
         assert outcome.n_iterations == 6 and outcome.stopped_early is False and outcome.pose is not None
         assert outcome.used.all() and len(outcome.used) == len(outcome.all_matches)
         assert other.pose is None and len(other.steps) == 2

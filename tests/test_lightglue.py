@@ -118,7 +118,7 @@ def test_kept_keypoints_have_the_names_of_the_input(lightglue, pairs):
 def test_the_loop_drives_it(lightglue, pairs):
     seen = []
 
-    def estimate(matches, scores=None):
+    def estimate(matches, scores=None, quick=False):
         seen.append(len(matches))
         return np.eye(3), np.array([1.0, 0, 0]), np.ones(len(matches), bool)
 
@@ -131,7 +131,7 @@ def test_the_loop_ends_where_lightglue_would_stop(lightglue, pairs):
     """Without a pose, its matches are those of LightGlue up to there."""
     network = LightGlue("aliked", prunes=False)
     for data in pairs[:4]:
-        found = match_iteratively(network, data, lambda matches, scores=None: None, schedule=Schedule(0, 1))
+        found = match_iteratively(network, data, lambda matches, *_, **__: None, schedule=Schedule(0, 1))
         assert not found.stopped_early
         assert found.n_iterations == kornia_forward(lightglue.network, data, 0.95)["stop"] < 9
         one_shot = network(data, found.n_iterations)["matching_scores0"][0]
@@ -141,7 +141,7 @@ def test_the_loop_ends_where_lightglue_would_stop(lightglue, pairs):
 @pytest.mark.parametrize("counts", [(0, 5), (1, 1), (1, 300), (2, 2)])
 def test_hardly_a_keypoint(lightglue, pairs, counts):
     data = {name: value[:, :counts[int(name[-1])]] if "size" not in name else value for name, value in pairs[0].items()}
-    found = match_iteratively(lightglue, data, lambda matches, scores=None: None)
+    found = match_iteratively(lightglue, data, lambda matches, *_, **__: None)
     assert len(found.matches) <= min(counts) and found.pose is None
     if min(counts):
         assert lightglue(data)["matches0"].shape == lightglue.match_adaptively(data)["matches0"].shape == (1, counts[0])

@@ -1,20 +1,27 @@
+import sys
+from importlib.util import find_spec
+
 import cv2
 import numpy as np
 import poselib
 import pytest
 from scipy.spatial.transform import Rotation
 
+from tools.cli import InputError
 from tools.geometry import essential_matrix, make_pose, project, to_camera_coordinates
 from tools.metrics import epipolar_error, pose_error
 from tools.pose import (
     ESTIMATORS,
+    HOMOGRAPHY_ESTIMATORS,
     PROSAC_ITERATIONS,
     PUBLISHED_ESTIMATOR,
+    estimate_homography,
     estimate_pose,
     translation_is_determined,
 )
 
-METHODS = list(ESTIMATORS)
+METHODS = [pytest.param(name, marks=pytest.mark.skipif(name == "pycolmap" and not find_spec("pycolmap"),
+                                                       reason="pycolmap is an optional extra")) for name in ESTIMATORS]
 # two very different cameras: a mean of the two intrinsics would fit neither
 K0 = np.array([[520.0, 0, 310], [0, 540, 255], [0, 0, 1]])
 K1 = np.array([[1400.0, 0, 900], [0, 1380, 620], [0, 0, 1]])
@@ -124,14 +131,15 @@ def test_estimators_get_camera_coordinates_and_the_mean_focal_length(monkeypatch
     monkeypatch.setitem(ESTIMATORS, "mine", lambda *arguments: calls.append(arguments))
     keypoints0, keypoints1, T_0to1 = two_views(n=5)
     assert estimate_pose(keypoints0[:4], keypoints1[:4], K0, K1, 2.0, "mine") is None and not calls
+    estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7, "scores", quick=True)
     estimate_pose(keypoints0, keypoints1, K0, K1, 2.0, "mine", 7, "scores")
-    (x0, x1, threshold, focal, seed, scores), = calls
+    (x0, x1, threshold, focal, seed, scores), (*_, no_scores) = calls
     np.testing.assert_allclose(epipolar_error(x0, x1, essential_matrix(T_0to1)), 0, atol=1e-12)
     np.testing.assert_allclose(x0[:, 0] * 520 + 310, keypoints0[:, 0])
-    assert (threshold, seed, scores) == (2.0, 7, "scores") and focal == (520 + 540 + 1400 + 1380) / 4
+    assert (threshold, seed, scores, no_scores) == (2.0, 7, "scores", None) and focal == (520 + 540 + 1400 + 1380) / 4
 
 
-def test_with_scores_poselib_tries_strong_matches_first_and_not_for_long(monkeypatch):
+def test_a_quick_search_of_poselib_tries_strong_matches_first_and_not_for_long(monkeypatch):
     keypoints0, keypoints1, T_0to1 = two_views(n=30)
     rng = np.random.default_rng(0)
     wrong0, wrong1 = rng.uniform(0, 1000, (2, 570, 2))
@@ -148,12 +156,62 @@ def test_with_scores_poselib_tries_strong_matches_first_and_not_for_long(monkeyp
         return pose, info
 
     monkeypatch.setattr(poselib, "estimate_relative_pose", watched)
-    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores)
+    R, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores, quick=True)
     assert max(pose_error(T_0to1, R, t)) < 0.5 and inliers[right].all() and inliers[~right].mean() < 0.05
-    R, t, _ = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, 1 - scores)
+    R, t, _ = estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, 1 - scores, quick=True)
     assert max(pose_error(T_0to1, R, t)) > 5
-    estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0)
-    assert draws[:2] == [PROSAC_ITERATIONS] * 2 and draws[2] > PROSAC_ITERATIONS
+    estimate_pose(keypoints0, keypoints1, K0, K1, 1.0, "poselib", 0, scores)
+    estimate_pose(keypoints0[right], keypoints1[right], K0, K1, 1.0, "poselib", 0, scores[right], quick=True)
+    least, most = PROSAC_ITERATIONS
+    assert draws[:2] == [most] * 2 and draws[2] > most and least <= draws[3] < most
+
+
+def test_a_camera_that_turned_on_the_spot_has_its_rotation_by_pycolmap_too():
+    pytest.importorskip("pycolmap")
+    keypoints0, keypoints1, R = views_of(n_far=200, noise=0.5)
+    found, t, inliers = estimate_pose(keypoints0, keypoints1, K0, K0, 2.0, "pycolmap")
+    assert max(pose_error(make_pose(R, [0, 0, 0]), found, t)) < 0.5
+    assert np.linalg.norm(t) == pytest.approx(1) and inliers.mean() > 0.9
+
+
+def test_without_pycolmap_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(InputError, match=r"pip install '\.\[colmap\]'"):
+        estimate_pose(*two_views(n=20)[:2], K0, K1, 1.0, "pycolmap")
+
+
+H = np.array([[0.9, 0.15, 20.0], [-0.1, 1.1, 5.0], [1e-4, -2e-4, 1.0]])
+
+
+def plane_matches(n=200, n_wrong=80, noise=0.5, seed=0):
+    """Points (N, 2) and their matches by H, the last n_wrong of which are wrong."""
+    rng = np.random.default_rng(seed)
+    points0 = rng.uniform([0, 0], [640, 480], (n, 2))
+    mapped = np.c_[points0, np.ones(n)] @ H.T
+    points1 = mapped[:, :2] / mapped[:, 2:] + rng.normal(0, noise, (n, 2))
+    points1[n - n_wrong:] = rng.uniform([0, 0], [640, 480], (n_wrong, 2))
+    return points0, points1
+
+
+@pytest.mark.parametrize("method", HOMOGRAPHY_ESTIMATORS)
+def test_homographies_are_found_among_wrong_matches_and_alike_by_the_same_seed(method):
+    points0, points1 = plane_matches()
+    (found, inliers), again, other = (estimate_homography(points0, points1, 3.0, method, seed) for seed in (0, 0, 1))
+    np.testing.assert_allclose(found / found[2, 2], H, atol=0.5, rtol=0.05)
+    assert inliers[:120].mean() > 0.95 and inliers[120:].mean() < 0.1 and inliers.dtype == bool
+    np.testing.assert_array_equal(found, again[0])
+    assert other is not None
+    few, many = (estimate_homography(*plane_matches(noise=4.0), threshold, method)[1].sum() for threshold in (0.5, 30))
+    assert few < 40 and many >= 120
+
+
+@pytest.mark.parametrize("method", HOMOGRAPHY_ESTIMATORS)
+def test_too_few_or_repeated_points_give_no_homography_and_no_error(method):
+    points0, points1 = plane_matches(n=4, n_wrong=0, noise=0)
+    assert estimate_homography(points0[:3], points1[:3], 3.0, method) is None
+    assert estimate_homography(points0, points1, 3.0, method) is not None
+    found = estimate_homography(np.tile(points0[:1], (20, 1)), np.tile(points1[:1], (20, 1)), 3.0, method)
+    assert found is None or np.isfinite(found[0]).all()
 
 
 def test_published_program_counts_every_match_in_front_of_both_cameras():

@@ -92,7 +92,7 @@ def draw_matches(image0: np.ndarray, image1: np.ndarray, keypoints0: np.ndarray,
     if errors is not None:
         colors = error_colors(errors, error_threshold)
         good = int(np.sum(np.asarray(errors) < error_threshold))
-        lines.append(f"{len(errors)} matches: {good} with an epipolar error below {error_threshold:g} (green to "
+        lines.append(f"{len(errors)} matches: {good} with an error below {error_threshold:g} (green to "
                      f"yellow), {len(errors) - good} above (to red)")
         order = np.argsort(errors, kind="stable")  # wrong ones on top: none is hidden under a right one
     elif inliers is not None:
