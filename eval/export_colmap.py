@@ -233,7 +233,7 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
     min_inliers: of a two-view geometry.
     """
     pairs = None if images.pairs is None else sorted(map(list, images.pairs))
-    settings = {"format": FORMAT, "version": VERSION, **matcher.settings, "images": os.path.abspath(images.folder),
+    settings = {**matcher.settings, "format": f"{FORMAT} {VERSION}", "images": os.path.abspath(images.folder),
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
                 "turns": images.turns, "pairs": pairs, "sequential": sequential, "nearest": nearest,
                 "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers}

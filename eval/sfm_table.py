@@ -34,25 +34,31 @@ METHODS = {
     "LightGlue one-shot": {"matching_method": "LightGlue", "feature_type": "aliked", "one_shot": True},
     "LightGlue": {"matching_method": "LightGlue", "feature_type": "aliked"},
 }
-COLUMNS = {"verified": "verified pairs", "wrong": "of them wrong", "wrong_rotation": "wrong in rotation",
-           "images": "images", "points": "points",
-           "track_length": "track length", "reprojection_error": "reprojection error (px)",
+COLUMNS = {"verified": "verified pairs", "wrong": "of them wrong", "wrong_rotation": "in rotation", "images": "images",
+           "points": "points", "track_length": "track length", "reprojection_error": "reprojection error (px)",
            "center_error": "error of camera centres", "seconds": "CPU seconds"}
+INLIERS = {f"at least {least} inliers": least for least in (30, 45, 60, 100)}
 
 
 def judge_pairs(database: Database, poses: dict[str, np.ndarray]) -> dict:
-    """Numbers of verified pairs, and of wrong ones among them; poses (4, 4): world-to-camera, by image name."""
+    """Numbers of verified pairs, of wrong ones among them, and of those wrong in rotation; also as "v, w, r" of the
+    pairs with at least so many inliers. poses (4, 4): world-to-camera, by image name."""
     colmap, names = database.colmap, {image_id: name for name, image_id in database.ids.items()}
-    ids, geometries = database.db.read_two_view_geometries()
-    wrong = wrong_rotation = 0
-    for pair, geometry in zip(ids, geometries):
+    judged = []
+    for pair, geometry in zip(*database.db.read_two_view_geometries()):
         pose0, pose1 = (poses[names[image_id]] for image_id in colmap.pair_id_to_image_pair(pair))
         T = geometry.cam2_from_cam1.matrix()
         error_t, error_R = pose_error(relative_pose(pose0, pose1), T[:, :3], T[:, 3])
         turned = geometry.config == colmap.TwoViewGeometryConfiguration.PANORAMIC
-        wrong += bool(error_R > WRONG or (error_t > WRONG and not turned))
-        wrong_rotation += bool(error_R > WRONG)
-    return {"verified": len(ids), "wrong": wrong, "wrong_rotation": wrong_rotation}
+        judged.append((len(geometry.inlier_matches), error_R > WRONG or (error_t > WRONG and not turned),
+                       error_R > WRONG))
+
+    def count(least):
+        chosen = [row for row in judged if row[0] >= least]
+        return len(chosen), *(int(sum(row[i] for row in chosen)) for i in (1, 2))
+
+    row = dict(zip(("verified", "wrong", "wrong_rotation"), count(0)))
+    return row | {name: "{}, {}, {}".format(*count(least)) for name, least in INLIERS.items()}
 
 
 def judge_model(path: Path, poses: dict[str, np.ndarray]) -> float | None:
@@ -84,15 +90,15 @@ def run_method(settings: dict, images: ImageSet, poses: dict, out: Path) -> tupl
     return row, failed
 
 
-def format_table(rows: dict[str, dict]) -> str:
-    """Markdown; a method that found no model has dashes."""
+def format_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """Markdown; columns: key of a row -> heading. A method that found no model has dashes."""
     def cell(value):
-        if value is None:
-            return "-"
-        return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+        if isinstance(value, float):
+            return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+        return "-" if value is None else str(value)
 
-    lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
-    lines += [[name, *(cell(row.get(key)) for key in COLUMNS)] for name, row in rows.items()]
+    lines = [["", *columns.values()], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(cell(row.get(key)) for key in columns)] for name, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -131,7 +137,9 @@ def main(argv=None) -> int:
         if not skipped:
             write_json(file, {**asked, "row": rows[method]})
     print(f"{len(names)} images, {math.comb(len(names), 2)} pairs")
-    print(format_table(rows))
+    print(format_table(rows, COLUMNS))
+    print("verified pairs, wrong ones, those wrong in rotation:")
+    print(format_table(rows, {name: name for name in INLIERS}))
     return report_skipped(failed, "images or pairs")
 
 

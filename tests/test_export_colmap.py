@@ -360,6 +360,8 @@ def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
     row = read_json(tmp_path / "out/NN_ratio/table.json")["row"]
     assert row["verified"] > row["wrong"] == row["wrong_rotation"] >= 3
     assert row["images"] == 5 and row["seconds"] > 0
+    numbers = [row[name] for name in ("verified", "wrong", "wrong_rotation")]
+    assert row["at least 30 inliers"] == "{}, {}, {}".format(*numbers)
     assert row["center_error"] > 0.05  # the wrong pose draws all of them along
     assert f"| NN_ratio | {row['verified']} | {row['wrong']} |" in said
 

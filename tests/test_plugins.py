@@ -16,8 +16,9 @@ from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_s
 from torch import nn
 
 from eval import hloc_files
+from eval.match_features import match_features
 from nets import build_matcher
-from tools.checkpoint import load_matcher, save_checkpoint
+from tools.checkpoint import save_checkpoint
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES, Sift
 from tools.files import read_image
@@ -150,7 +151,7 @@ def extract_features(hloc, images, path, resize_max):
             group["keypoints"].attrs["uncertainty"] = scales.mean()
 
 
-def match_features(hloc, features, path, conf):
+def match_as_hloc(hloc, features, path, conf):
     """As hloc.match_features.match_from_paths does it, on one pair of the scene."""
     model = dynamic_load(hloc.matchers, "imp")({**hloc.plugin.MATCHER_CONF["model"], **conf}).eval()
     data = {}
@@ -164,6 +165,12 @@ def match_features(hloc, features, path, conf):
         group = file.create_group("/".join(name.replace("/", "-") for name in NAMES[:2]))
         group.create_dataset("matches0", data=predicted["matches0"][0].cpu().short().numpy())
         group.create_dataset("matching_scores0", data=predicted["matching_scores0"][0].cpu().half().numpy())
+
+
+def match_arrays(view0, view1, *cameras, **options):
+    arrays = [getattr(view, name) for view in (view0, view1)
+              for name in ("keypoints", "descriptors", "scores", "image_size")]
+    return match_features(*arrays, *cameras, **options)
 
 
 def right_share(keypoints0, keypoints1, matches) -> float:
@@ -182,12 +189,15 @@ def test_hloc_extracts_and_matches(method, hloc, scene, weights, tmp_path):
     for name, tolerance in (("keypoints", 0.2), ("scores", 1e-3), ("descriptors", 1e-3)):  # half precision
         np.testing.assert_allclose(getattr(view, name), getattr(own, name), atol=tolerance)
 
-    match_features(hloc, tmp_path / "features.h5", tmp_path / "matches.h5", {
+    match_as_hloc(hloc, tmp_path / "features.h5", tmp_path / "matches.h5", {
         "matching_method": method, "weights": str(weights) if method == "EIMP" else None, "device": "cpu"})
     matches, scores = hloc_files.read_matches(tmp_path / "matches.h5", *NAMES[:2])
     other = hloc_files.read_features(tmp_path / "features.h5", NAMES[1])
     assert len(matches) == len(scores) > 50 and scores.min() > 0.1
     assert right_share(view.keypoints, other.keypoints, matches) > 0.8
+    own = match_arrays(view, other, matching_method=method, weights=weights if method == "EIMP" else None)
+    np.testing.assert_array_equal(matches, own.matches)
+    np.testing.assert_allclose(scores, own.scores, atol=1e-3)
     swapped, _ = hloc_files.read_matches(tmp_path / "matches.h5", NAMES[1], NAMES[0])
     np.testing.assert_array_equal(swapped, matches[:, ::-1])
     with pytest.raises(InputError, match="has no matches of"):
@@ -214,13 +224,18 @@ def test_hloc_downscales_and_colours(hloc, scene, tmp_path, monkeypatch):
         model({"image": rgb})
 
 
-def test_hloc_matches_an_image_without_keypoints(hloc):
+@pytest.mark.parametrize("n0", [0, 2])
+def test_hloc_matches_few_keypoints(n0, hloc, monkeypatch):
     model = dynamic_load(hloc.matchers, "imp")({"matching_method": "NN_ratio", "device": "cpu"})
+    seen, match = {}, model.matcher.match
+    monkeypatch.setattr(model.matcher, "match", lambda data: seen.update(data) or match(data))
     data = {f"image{v}": torch.empty(1, 1, 240, 320) for v in "01"}
-    for v, n in (("0", 0), ("1", 3)):
+    for v, n in (("0", n0), ("1", 3)):
         data |= {f"keypoints{v}": torch.rand(1, n, 2), f"scores{v}": torch.rand(1, n),
                  f"descriptors{v}": torch.rand(1, 128, n)}
-    assert model(data)["matches0"].shape == (1, 0)
+    assert model(data)["matches0"].shape == (1, n0)
+    if n0:  # as our matchers take it
+        assert seen["image_size0"].tolist() == [[320, 240]] and seen["descriptors1"].shape == (1, 3, 128)
 
 
 def test_hloc_files_written_by_us(scene, weights, tmp_path):
@@ -248,6 +263,12 @@ def test_hloc_files_written_by_us(scene, weights, tmp_path):
     matches, scores = hloc_files.read_matches(path, *NAMES[:2])
     assert len(matches) > 50 and right_share(views[0].keypoints, views[1].keypoints, matches) > 0.95
     assert (scores > 0).all() and len(hloc_files.read_matches(path, NAMES[2], NAMES[1])[0]) > 20
+    for verified in (False, True):
+        assert not hloc_files.match_pairs(features, [make_pair(0, 1)], path, verified, matching_method="NN_ratio")
+        found = match_arrays(*views[:2], *CAMERAS[:2], matching_method="NN_ratio")
+        chosen = found.pose[2] if verified else slice(None)
+        np.testing.assert_array_equal(hloc_files.read_matches(path, *NAMES[:2])[0], found.matches[chosen])
+    assert 50 < found.pose[2].sum() < len(found.matches)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"matches\.h5"):
         hloc_files.read_matches(path, *NAMES[:2])
@@ -275,14 +296,16 @@ def test_gluefactory_matches_a_batch(weights, monkeypatch):
     data = {"keypoints0": keypoints, "keypoints1": keypoints[:, order] + 5, "descriptors0": descriptors,
             "descriptors1": descriptors[:, order], "view0": view, "view1": view,
             "keypoint_scores0": torch.rand(2, 50, generator=generator)}
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     out = model(data)
     assert (out["matches1"] == order).float().mean() > 0.95
     assert out["matches0"].shape == out["matching_scores0"].shape == (2, 50)
     assert out["matches1"].shape == out["matching_scores1"].shape == (2, 40)
-    ours = load_matcher(weights, "eimp", 128)({
-        "keypoints0": keypoints - 0.5, "keypoints1": keypoints[:, order] + 4.5, "descriptors0": descriptors,
-        "descriptors1": descriptors[:, order], "image_size0": view["image_size"], "image_size1": view["image_size"],
-        "scores0": data["keypoint_scores0"], "scores1": torch.zeros(2, 40)})
-    torch.testing.assert_close(out["matching_scores0"], ours["matching_scores0"].detach())
+    assert not kinds[0]({"weights": str(weights), "match_threshold": 1.0}).eval()(data)["matches0"].ge(0).any()
+    expected = {"keypoints0": keypoints - 0.5, "keypoints1": keypoints[:, order] + 4.5, "scores1": torch.zeros(2, 40),
+                "scores0": data["keypoint_scores0"], "descriptors0": descriptors, "image_size1": view["image_size"]}
+    for key, value in expected.items():
+        torch.testing.assert_close(seen[0][key], value)
     with pytest.raises(NotImplementedError, match=r"train\.py"):
         model.loss(out, data)

@@ -16,7 +16,8 @@ RANSAC_ITERATIONS = 1000  # the default: each takes ten times as long, and more 
 
 # PoseLib draws up to 100,000 from all matches alike, which takes seconds where most are wrong. Strong matches first, a
 # hundredth of that was measured to give poses as good.
-PROSAC_ITERATIONS = 1000
+# At least 100, instead of PoseLib's 1000, takes a fifth of the time where most matches are right, at the same AUC.
+PROSAC_ITERATIONS = 100, 1000  # at least, at most
 
 # How many inliers no rotation may explain before there is a translation. At 3 standard deviations, photographs turned
 # on the spot had up to 1.4%, hand-held video up to 1.7% with a baseline of 1 to 5 mm, and 60% and up from 3 cm.
@@ -31,7 +32,7 @@ def estimate_pose(keypoints0, keypoints1, K0, K1, threshold: float, method: str 
     keypoints0/1: (N, 2) pixels, row i of one matches row i of the other; K0/1: (3, 3) in the same pixel convention;
     threshold: epipolar error of an inlier in pixels, at most; method: of ESTIMATORS, or PUBLISHED_ESTIMATOR; quick: a
     quick search, which draws matches of high scores (N,) first (PROSAC: Chum and Matas, CVPR 2005), PROSAC_ITERATIONS
-    samples at most; OpenCV and COLMAP have none and search as always.
+    samples; OpenCV and COLMAP have none and search as always.
     Returns R (3, 3), t (3,) of unit length, and inliers (N,) bool. The same arguments give the same result; none of
     them is modified.
     """
@@ -158,7 +159,8 @@ def _poselib(x0, x1, threshold, focal, seed, quick_scores):
     order = np.arange(len(x0))
     if quick_scores is not None:
         order = np.argsort(-np.asarray(quick_scores), kind="stable")
-        options |= {"progressive_sampling": True, "max_iterations": PROSAC_ITERATIONS}
+        options |= {"progressive_sampling": True, "min_iterations": PROSAC_ITERATIONS[0],
+                    "max_iterations": PROSAC_ITERATIONS[1]}
     pose, info = poselib.estimate_relative_pose(x0[order] * focal, x1[order] * focal, camera, camera, options)
     length = np.linalg.norm(pose.t)
     if not info["num_inliers"] or not np.isfinite(pose.R).all() or not length > 0:
