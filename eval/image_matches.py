@@ -14,8 +14,9 @@ from tools.metrics import match_errors, pose_error
 from tools.visualize import Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
 VERSION = 2  # of the npz and of its content
-# matches drawn at random have up to 6 + 1% of inliers by a pose, 12 + 2% by F; docs/verdict.md has the measurement
-TRUSTED_INLIERS, TRUSTED_SHARE = 25, 0.05
+# of unrelated images, 26 was the most; of many random matches, 1% agree with some pose and 2% with some F
+# (docs/own_images.md)
+TRUSTED_INLIERS, TRUSTED_SHARE = 30, 0.05
 
 
 @dataclass
@@ -130,11 +131,13 @@ class ImageMatches:
     def summary(self) -> dict:
         """The pair's line of pairs.csv."""
         matches, inliers = self.candidates
+        errors = (None, None) if self.R is None or self.T_0to1 is None else pose_error(self.T_0to1, self.R, self.t)
         return {"image0": self.view0.name, "image1": self.view1.name, "verdict": self.verdict, "remark": self.remark,
                 "keypoints0": len(self.keypoints0), "keypoints1": len(self.keypoints1), "matches": len(matches),
-                "inliers": int(np.sum(inliers)), "cameras": f"{self.K_source0}, {self.K_source1}",
+                "inliers": int(np.sum(inliers)), "K_source0": self.K_source0, "K_source1": self.K_source1,
                 "rotation": None if self.R is None else round(rotation_angle(self.R), 2),
                 "translation_determined": None if self.verdict == "none" else self.translation_determined,
+                "error_R": errors[1], "error_t": errors[0],
                 "iterations": self.n_iterations, "layers": self.n_layers, "seconds": round(self.seconds, 3)}
 
     def draw(self) -> np.ndarray:

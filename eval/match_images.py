@@ -181,12 +181,12 @@ def model_used_before(save_path: Path) -> tuple | None:
 
 
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
-                with_iterations: bool = False) -> tuple[dict[str, dict], Counter, list[tuple[str, str]]]:
+                with_iterations: bool = False) -> tuple[dict[str, dict], int, list[tuple[str, str]]]:
     """Match pairs, write their files (`write_pair`) and the report; pairs that are complete are left as they are.
 
     Each image is read once, and kept for as long as pairs of it are to come. Returns the summaries by name of the
-    pairs' files, counts, and (name, reason) of the images that could not be read and of the pairs that could not be
-    matched.
+    pairs' files, how many of them were there already, and (name, reason) of the images that could not be read and of
+    the pairs that could not be matched.
     """
     def settings(pair):
         return pair_settings(matcher, pair, image_dir, cameras, with_iterations)
@@ -196,7 +196,6 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
                                      [image_dir / pair.image0, image_dir / pair.image1])
                  for pair, name in zip(pairs, names)}
     jobs = [(pair, name) for pair, name in zip(pairs, names) if summaries[name] is None]
-    counts, guessed = Counter(complete=len(pairs) - len(jobs)), set()
     uses = Counter(key for pair, _ in jobs for key in image_keys(pair))
     views, failed = {}, {}
     for pair, name in tqdm(jobs, "pairs", disable=None):
@@ -214,20 +213,15 @@ def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_
             except Exception as error:
                 failed[f"{pair.image0} {pair.image1}"] = reason(error)
             else:
-                counts["matched"] += 1
                 summaries[name] = found.summary()
-                counts["without K"] += found.K0 is None or found.K1 is None
-                guessed |= {view.name for view, source in ((view0, found.K_source0), (view1, found.K_source1))
-                            if source == "EXIF"}
         for key in image_keys(pair):
             uses[key] -= 1
             if not uses[key]:
                 views.pop(key, None)
-    counts["guessed"] = len(guessed)
     summaries = {name: summary for name, summary in summaries.items() if summary is not None}
     if summaries:
         write_report(save_path, summaries)
-    return summaries, counts, list(failed.items())
+    return summaries, len(pairs) - len(jobs), list(failed.items())
 
 
 def image_keys(pair: Pair) -> list[tuple[str, int | None]]:
@@ -352,16 +346,18 @@ def main(argv=None) -> int:
         print(*write_pair(found, save_path / output_names(pairs)[0], settings, args.draw_iterations), sep="\n")
         return 0
 
-    summaries, counts, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
+    summaries, n_complete, failed = match_pairs(matcher, pairs, image_dir, save_path, cameras, args.draw_iterations)
     if not summaries:
         raise InputError(f"none of the {len(pairs)} pairs could be matched; the first reason: {failed[0][1]}")
-    print(f"{counts['matched']} pairs matched"
-          + (f"; {counts['complete']} were there already" if counts["complete"] else "")
+    print(f"{len(summaries) - n_complete} pairs matched"
+          + (f"; {n_complete} were there already" if n_complete else "")
           + f": {count_verdicts(summaries)}: {save_path / 'index.html'}")
-    if counts["guessed"]:
-        print(f"the focal length of {counts['guessed']} images was guessed from EXIF")
-    if counts["without K"]:
-        print(f"{counts['without K']} pairs have no pose because a camera is not known: --focal or --K0 gives it")
+    guessed = {pair[f"image{v}"] for pair in summaries.values() for v in "01" if pair[f"K_source{v}"] == "EXIF"}
+    if guessed:
+        print(f"the focal length of {len(guessed)} images was guessed from EXIF")
+    n_unknown = sum("unknown" in (pair["K_source0"], pair["K_source1"]) for pair in summaries.values())
+    if n_unknown:
+        print(f"{n_unknown} pairs have no pose because a camera is not known: --focal or --K0 gives it")
     return report_skipped(failed, "images or pairs")
 
 

@@ -64,7 +64,7 @@ def _section(stem: str, summary: dict) -> str:
         parts.append(f"rotation {summary['rotation']:.1f} degrees")
     if summary["iterations"] is not None:
         parts.append(f"{summary['iterations']} of {summary['layers']} iterations")
-    parts += [f"{summary['seconds']:.2f} s", f"cameras {summary['cameras']}", *filter(None, [summary["remark"]])]
+    parts += [f"{summary['seconds']:.2f} s", f"K {summary['K_source0']}, {summary['K_source1']}", summary["remark"]]
     return SECTION.format(title=html.escape(f"{summary['image0']} \u2013 {summary['image1']}"),
-                          line=html.escape("; ".join(parts)), verdict=summary["verdict"],
+                          line=html.escape("; ".join(filter(None, parts))), verdict=summary["verdict"],
                           picture=html.escape(quote(f"{stem}.png", errors="surrogateescape")))

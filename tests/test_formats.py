@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.image_matcher import ImageMatches
+from eval.image_matches import ImageMatches
 from tools.manifest import SCENE_FIELDS
 from tools.records import KEYPOINT_FIELDS, MATCH_FIELDS
 from training.state import ENTRIES
@@ -39,11 +39,9 @@ def test_counts_and_checkpoints():
 def test_matches(tmp_path):
     view = SimpleNamespace(name="a", image_size=(4, 3), turns=0, keypoints=np.zeros((2, 2), np.float32),
                            features=SimpleNamespace(scores=np.zeros(2, np.float32)))
-    ImageMatches.save(SimpleNamespace(
-        view0=view, view1=view, K0=None, K1=None, K_source0="", K_source1="", matches=np.zeros((1, 2), np.int64),
-        matching_scores=np.zeros(1, np.float32), inliers=np.zeros(1, bool), R=None, t=None,
-        translation_determined=False),
-        tmp_path / "a.npz")
+    found = ImageMatches(view, view, np.zeros((1, 2), np.int64), np.zeros(1, np.float32), None, None, "", "",
+                         np.zeros(1, bool))
+    found.save(tmp_path / "a.npz")
     said = rows_of("## Matches of your own")
     with np.load(tmp_path / "a.npz") as content:
         assert set(content) == set(said)

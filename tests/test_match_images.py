@@ -1,30 +1,37 @@
+import csv
+import html
+import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene
+from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, texture
 from PIL import Image
 from PIL.ExifTags import IFD
 
-from eval import draw_overview, image_matcher, match_images
+from eval import draw_overview, image_matcher, match_images, methods
 from eval.image_matcher import ImageMatcher, choose_model
 from eval.image_matches import describe_pose
 from nets import build_matcher
-from tools import checkpoint
+from tools import checkpoint, pretrained
 from tools.cli import InputError, run
 from tools.files import read_image, write_image
 from tools.geometry import essential_matrix, relative_pose, to_camera_coordinates, turn_K, turn_pose
 from tools.metrics import epipolar_error, pose_error
 from tools.pair_list import Pair, write_pair_list
+from tools.visualize import GREEN, RED
 from training.start import warm_start
 
 KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
@@ -205,8 +212,83 @@ def test_the_threshold_is_in_pixels_of_the_image_as_matched(scene, tmp_path):
 def test_a_pose_of_few_inliers_is_called_doubtful(scene):
     images = [scene / "images" / name for name in NAMES[:2]]
     found = ImageMatcher("NN_ratio", max_keypoints=400)(*images, *CAMERAS[:2])
-    few = replace(found, inliers=np.arange(len(found.matches)) < 14)
-    assert "doubtful" in describe_pose(few) and "doubtful" not in describe_pose(found)
+    assert found.verdict == "trusted" and found.remark == ""
+    for n_inliers, verdict in ((0, "none"), (29, "doubtful"), (30, "trusted")):
+        few = replace(found, inliers=np.arange(len(found.matches)) < n_inliers)
+        assert few.verdict == few.summary()["verdict"] == verdict and describe_pose(few).startswith(f"{verdict}: ")
+        assert ("by chance" in describe_pose(few)) == (verdict == "doubtful")
+    many = replace(found, matches=np.zeros((1000, 2), np.int64), inliers=np.arange(1000) < 49)
+    assert many.verdict == "doubtful"
+    assert replace(many, inliers=np.arange(1000) < 50).verdict == "trusted"
+
+
+@pytest.mark.parametrize("options", [[], ["--focal", 300]])
+def test_unrelated_photographs_are_not_trusted(tmp_path, capsys, options):
+    for name in "abc":
+        write_image(tmp_path / "in" / f"{name}.png", texture(np.random.default_rng(ord(name)), 320, 240))
+    # all nearest neighbours
+    assert command(tmp_path / "in", "--matching_method", "NN", *options, "--save_path", tmp_path / "out") == 0
+    assert "3 pairs matched: 0 trusted, " in capsys.readouterr().out
+    verdicts = {str(load(path)["verdict"]) for path in (tmp_path / "out").glob("*.npz")}
+    assert verdicts <= {"doubtful", "none"}
+
+
+def flat_pair(turned_camera: bool):
+    """An image, and what a camera sees of it that was moved, or turned on the spot."""
+    image = texture(np.random.default_rng(3), 400, 300)
+    K = np.array([[350, 0, 199.5], [0, 350, 149.5], [0, 0, 1]])
+    R, t = cv2.Rodrigues(np.deg2rad([2.0, 12, 3]))[0], np.array([-0.3, 0.05, 0.1]) * (not turned_camera)
+    H = K @ (R + np.outer(t, [0, 0, 1])) @ np.linalg.inv(K)
+    return image, cv2.warpPerspective(image, H, (400, 300), flags=cv2.INTER_CUBIC), K
+
+
+@pytest.mark.parametrize("turned_camera", [False, True])
+def test_planes_and_rotations_are_named(turned_camera):
+    image0, image1, K = flat_pair(turned_camera)
+    matcher = ImageMatcher("NN_ratio", max_keypoints=400)
+    unknown, known = matcher(image0, image1), matcher(image0, image1, K, K)
+    assert unknown.planar and known.planar and unknown.inliers.sum() > 50 and known.inliers.sum() > 50
+    assert unknown.F is unknown.R is None and unknown.verdict == "trusted" and not unknown.translation_determined
+    assert unknown.remark.startswith("a plane, or a rotation alone, explains the matches: the translation is not det")
+    assert known.translation_determined != turned_camera
+    if turned_camera:
+        assert known.verdict == "trusted" and known.remark == "a rotation alone explains the matches"
+    else:
+        assert known.verdict == "doubtful" and known.remark.startswith("a plane explains the matches: two poses fit")
+
+
+@pytest.mark.parametrize("method", ["NN", "NN_ratio", "weights"])
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (1, 1), (1, 400), (2, 2), (5, 7)])
+def test_hardly_a_keypoint(scene, weights, method, counts):
+    options = {"weights": weights} if method == "weights" else {"matching_method": method}
+    matcher = ImageMatcher(max_keypoints=400, **options)
+    views = [matcher.load(scene / "images" / name) for name in NAMES[:2]]
+    for view, n in zip(views, counts):
+        for owner in (view, view.features):
+            owner.keypoints = owner.keypoints[:n]
+        view.picture_keypoints = view.picture_keypoints[:n]
+        view.features.scores, view.features.descriptors = view.features.scores[:n], view.features.descriptors[:n]
+    for Ks in ((None, None), CAMERAS[:2]):
+        found = matcher.match(*views, *Ks)
+        assert found.verdict in ("none", "doubtful") and len(found.matches) <= min(counts)
+        assert found.draw().ndim == 3 and found.summary()["matches"] >= len(found.matches)
+
+
+def test_the_picture_is_in_colour_and_tells_inliers_from_rejected(scene, weights, tmp_path):
+    for i in (0, 1):
+        image = cv2.cvtColor(read_image(scene / "images" / NAMES[i]), cv2.COLOR_GRAY2BGR)
+        write_image(tmp_path / f"{i}.png", image // [1, 2, 3])
+    found = ImageMatcher(weights=weights, max_keypoints=400)(tmp_path / "0.png", tmp_path / "1.png", *CAMERAS[:2])
+    matches, inliers = found.candidates
+    assert found.stopped_early and len(matches) > len(found.matches) == inliers.sum() == found.inliers.sum()
+    np.testing.assert_array_equal(matches[inliers], found.matches)
+    row = found.summary()
+    assert (row["matches"], row["inliers"]) == (len(matches), inliers.sum()) and row["seconds"] > 0
+    picture = found.draw()
+    assert [int((np.abs(picture.astype(int) - color).max(axis=2) < 10).sum() > 50) for color in (GREEN, RED)] == [1, 1]
+    background = picture[-240:, :320].astype(int)
+    blue = (background[..., 0] > background[..., 1] + 10) & (background[..., 1] > background[..., 2] + 5)
+    assert blue.mean() > 0.1
 
 
 # photographs
@@ -242,6 +324,13 @@ def test_photographs_are_matched_upright_and_reported_as_stored(scene, tmp_path,
     # the same matches as of the images turned by hand
     assert command(*upright, *cameras(0, 1), *RATIO, "--save_path", tmp_path / "upright") == 0
     np.testing.assert_array_equal(load(tmp_path / "upright" / "a_sub-b.npz")["matches"], found["matches"])
+    assert command(tmp_path / "in/0.png", tmp_path / "in/1.png", *RATIO, "--resize", 250, "--save_path",
+                   tmp_path / "F") == 0
+    fundamental = load(tmp_path / "F" / "0_1.npz")
+    assert lines_off(fundamental)[fundamental["inliers"]].max() < 2 * 400 / 250
+    assert np.linalg.norm(fundamental["F"]) == pytest.approx(1)
+    errors = matched_errors({**fundamental, "K0": K0, "K1": K1}, relative_pose(pose0, pose1))
+    assert np.mean(errors[fundamental["inliers"]] < 0.01) > 0.95
     pictures = [read_image(tmp_path / name, color=True) for name in ("out/0_1.png", "upright/a_sub-b.png")]
     np.testing.assert_array_equal(*(picture[60:] for picture in pictures))
 
@@ -333,6 +422,42 @@ def test_what_is_complete_is_left_as_it_is(folder, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")  # other images of the same names
     assert command(other, "--focal", 300, *RATIO, "--save_path", out) == 0
     assert "3 pairs matched" in capsys.readouterr().out
+
+
+def test_the_table_and_the_page_of_a_folder(scene, tmp_path, capsys):
+    names = ["=a <b>\"& it's.png", "-c%20#?.png", "z.png"]
+    (tmp_path / "in").mkdir()
+    for name, image in zip(names, NAMES):
+        shutil.copy(scene / "images" / image, tmp_path / "in" / name)
+    words = tmp_path / "in", "--focal", 300, *RATIO, "--save_path", tmp_path / "out"
+    assert command(*words) == 0
+    with open(tmp_path / "out" / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and {rows[0]["image0"], rows[0]["image1"]} == {"'" + names[0], "'" + names[1]}
+    found = load(tmp_path / "out" / f"{rows[0]['files'][1:]}.npz")
+    assert rows[0]["inliers"] == str(found["inliers"].sum()) and rows[0]["verdict"] == found["verdict"]
+    assert rows[0]["K_source0"] == rows[0]["K_source1"] == "given"
+    assert float(rows[0]["rotation"]) > 0 and float(rows[0]["seconds"]) > 0 and rows[0]["error_R"] == ""
+    page = (tmp_path / "out" / "index.html").read_text()
+    links = [unquote(html.unescape(link)) for link in re.findall(r'src="([^"]*)"', page)]
+    assert len(links) == 3 and all((tmp_path / "out" / link).is_file() for link in links)
+    assert "<b>\"" not in page and "=a &lt;b&gt;&quot;&amp; it&#x27;s.png" in page and "<script" not in page
+    ranks = [("doubtful", "trusted", "none").index(verdict) for verdict in re.findall(r'<b class="(\w+)"', page)]
+    assert ranks == sorted(ranks) and len(set(ranks)) > 1
+    # made again from what is there, the same
+    table = (tmp_path / "out" / "pairs.csv").read_bytes()
+    for name in REPORT:
+        (tmp_path / "out" / name).unlink()
+    assert command(*words) == 0 and "3 were there already: 1 trusted" in capsys.readouterr().out
+    assert (tmp_path / "out" / "pairs.csv").read_bytes() == table
+    assert (tmp_path / "out" / "index.html").read_text() == page
+
+
+def test_results_of_the_first_version_name_their_model(tmp_path):
+    settings = {"matching_method": "IMP", "feature_type": "sift", "weights": "w.pth", "version": 1}
+    np.savez(tmp_path / "a_b.npz", version=1, settings=json.dumps(settings))
+    assert match_images.model_used_before(tmp_path) == ("IMP", "sift", "w.pth")
+    assert match_images.read_complete(tmp_path / "a_b", settings, []) is None
 
 
 def test_more_than_two_images_are_paired_too(scene, tmp_path):
@@ -532,6 +657,29 @@ def test_without_weights_the_command_says_so(scene, tmp_path, capsys, monkeypatc
     assert "make demo" in said and "--weights" in said and "--matching_method NN_ratio" in said
     assert not list(tmp_path.iterdir())
     assert command(*images, *RATIO) == 0  # which takes none
+
+
+def test_what_is_not_installed_or_not_reached_is_one_line(scene, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no route to host")
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    images = [scene / "images" / name for name in NAMES[:2]]
+    words = *images, "--matching_method", "LightGlue", "--save_path", tmp_path / "out"
+    if importlib.util.find_spec("kornia"):
+        for module in (pretrained, methods):
+            monkeypatch.setattr(module, "find_pretrained", lambda file_name: None)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(socket, "getaddrinfo", fail)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before it is tried again
+        assert command(*words) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("error: no weights ") and "no route to host" in said[-1]
+        assert "put the file at weights/" in said[-1] and len(said) == 2
+    monkeypatch.setitem(sys.modules, "kornia.feature", None)
+    assert command(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ALIKED, DISK and LightGlue need kornia: pip install") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # mistakes

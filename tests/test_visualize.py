@@ -51,6 +51,13 @@ def test_the_wrong_match_is_on_top():
         assert near(picture[len(picture) - 30, 30], error_colors([1], 0.005)[0])
 
 
+def test_inliers_are_green_and_on_top_of_rejected_matches():
+    image = np.full((60, 60), 128, np.uint8)
+    keypoints = np.array([[30.0, 30], [30, 30], [10, 10]])
+    picture = draw_matches(image, image, keypoints, keypoints, inliers=np.array([True, False, False]))
+    assert near(picture[len(picture) - 30, 30], GREEN) and near(picture[len(picture) - 50, 10], RED)
+
+
 def test_large_images_are_made_small_and_keypoints_with_them():
     image0, image1 = np.full((3000, 2000), 128, np.uint8), np.full((600, 1200), 128, np.uint8)
     picture = draw_matches(image0, image1, np.array([[1500.0, 600]]), np.array([[300.0, 450]]))
