@@ -5,18 +5,9 @@ import numpy as np
 
 from eval.image_matcher import ImageMatches, LoadedImage
 from tools.cli import InputError
+from tools.extras import import_pycolmap
 from tools.features import FEATURE_TYPES, Features
 from tools.geometry import colmap_to_opencv_K, essential_matrix, make_pose, opencv_to_colmap_K, resize_keypoints
-
-
-def import_pycolmap():
-    """The module, with little to say on screen; InputError if it is missing."""
-    try:
-        import pycolmap
-    except ImportError:
-        raise InputError("pycolmap is missing: pip install '.[colmap]'") from None
-    pycolmap.logging.minloglevel = pycolmap.logging.ERROR.value
-    return pycolmap
 
 
 def known_K(camera) -> np.ndarray | None:

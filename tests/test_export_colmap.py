@@ -380,7 +380,7 @@ def test_no_model_is_said(photos, tmp_path, capsys):
 def test_without_pycolmap(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycolmap", None)
     assert command(photos, tmp_path / "out", *RATIO) == 2
-    assert capsys.readouterr().err == "error: pycolmap is missing: pip install '.[colmap]'\n"
+    assert capsys.readouterr().err == "error: pycolmap is not installed: pip install '.[colmap]'\n"
 
 
 def test_mistakes_are_one_line(photos, tmp_path, capsys):
