@@ -1,40 +1,29 @@
-"""How fast this machine matches, trains, dumps and evaluates, beside the straightforward way in the same run.
+"""How fast this machine matches and trains, beside the straightforward way in the same run.
 
     python3 -m eval.benchmark match     # one pair, one-shot: IMP, EIMP, eval.straightforward, and what operations allow
     python3 -m eval.benchmark train     # a training step, and Sinkhorn's share of it
-    python3 -m eval.benchmark dump      # images and pairs per second, size, memory of dump.dump_megadepth
-    python3 -m eval.benchmark eval      # pairs per second, poses estimated after matching and beside it
 
 Times are medians of rounds, each of which runs everything once, so that what else the machine does hits all alike:
 compare within a run.
 """
 import argparse
 import multiprocessing
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting
-from eval.pair_sets import Hdf5PairSet
-from eval.run import evaluate
 from eval.straightforward import Straightforward
 from eval.summary import align
-from imp_matching import ROOT
-from nets import SuperPoint, build_matcher
+from nets import build_matcher
 from nets.assignment import assign
 from nets.matchers import POOL_THRESHOLD, is_second
-from tools.checkpoint import SUPERPOINT, save_checkpoint
 from tools.cli import InputError, run
 from tools.distributed import choose_device
-from tools.files import read_json, write_json
+from tools.files import write_json
 from tools.processes import peak_bytes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -236,101 +225,24 @@ def benchmark_train(args, device: torch.device) -> dict:
     return {"step": rows}
 
 
-# dump, eval
-
-def _run_command(module: str, *arguments, **environment) -> None:
-    """Run a command of ours without its words on standard output."""
-    words = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
-    if done.returncode:
-        raise InputError(f"{module} failed")
-
-
-def benchmark_dump(args, device: torch.device) -> dict:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        base_path = Path(args.base_path or folder / "megadepth").resolve()
-        if not args.base_path:
-            _run_command("dump.make_scenes", "--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
-                         "--size", *args.size, "--layouts", "megadepth")
-        torch.manual_seed(0)
-        save_checkpoint(folder / SUPERPOINT, {"model": SuperPoint().state_dict()})  # rates need no trained ones
-        for feature, options in (("sift", ["--contrast_threshold", 1e-5]), ("spp", [])):
-            report = folder / f"{feature}.json"
-            _run_command("dump.dump_megadepth", "--feature_type", feature, "--base_path", base_path, "--save_path",
-                         folder / feature, "--min_keypoints", 64, "--workers", args.workers, "--device", device,
-                         "--report", report, *options, IMP_WEIGHTS=str(folder))
-            rows.append({"features": feature, **{name: value for name, value in read_json(report).items() if name in (
-                "images", "images_per_second", "pairs", "pairs_per_second", "megabytes_per_image", "peak_memory_mb")}})
-    print(f"dump.dump_megadepth, {args.workers} workers, up to 4096 keypoints an image; SuperPoint with random weights")
-    print_table(rows)
-    return {"dump": rows}
-
-
-def benchmark_eval(args, device: torch.device) -> dict:
-    """A whole evaluation, one-shot and iterative, for several numbers of processes that estimate poses."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        _run_command("dump.make_scenes", "--save_path", folder, "--scenes", args.scenes, "--images_per_scene", 6,
-                     "--pairs", 8, "--layouts", "scannet")
-        raw = folder / "scannet"
-        (folder / "dump.yaml").write_text(
-            f"dataset: scannet\nfeature_type: sift\nraw_data_dir: {raw}\noutput: {folder / 'sift.hdf5'}\n"
-            f"pair_list: {raw / 'pairs.txt'}\nextractor: {{max_keypoints: {args.keypoints[0]}, "
-            "contrast_threshold: 1.0e-5}\n")
-        _run_command("dump.dump", "--config", folder / "dump.yaml")
-        pair_set = Hdf5PairSet(folder / "sift.hdf5", raw)
-        matcher = MATCHERS["IMP"](MatcherSettings(weights=args.weights, device=str(device)))
-        for name, method in (("one-shot", Method(matcher)), ("iterative", Method(matcher, iterative=True))):
-            for workers in sorted({0, args.workers}):
-                start = time.perf_counter()
-                results, _ = evaluate(pair_set, {name: method}, [PoseSetting(args.estimator, 3.0)], device=device,
-                                      workers=workers)
-                wall = (time.perf_counter() - start) / len(pair_set)
-                (by_method,) = results.values()
-                seconds = {stage: float(np.mean([result.seconds[stage] for result in by_method[name]]))
-                           for stage in ("matching", "pose")}
-                rows.append({"IMP": name, "pose processes": workers, "pairs": len(pair_set), "wall ms": 1e3 * wall,
-                             "matching ms": 1e3 * seconds["matching"], "pose ms": 1e3 * seconds["pose"],
-                             "pairs/s": 1 / wall})
-    print(f"evaluation, {args.keypoints[0]} keypoints, {args.estimator}; ms per pair; "
-          f"weights {matcher.path}")
-    print_table(rows)
-    return {"eval": rows}
-
-
-BENCHMARKS = {"match": benchmark_match, "train": benchmark_train, "dump": benchmark_dump, "eval": benchmark_eval}
-KEYPOINTS = {"match": [512, 1024, 2048], "train": [512], "dump": [], "eval": [2000]}
+BENCHMARKS = {"match": benchmark_match, "train": benchmark_train}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="part", required=True)
-    for name in BENCHMARKS:
+    for name, keypoints, batch in (("match", [512, 1024, 2048], 1), ("train", [512], 2)):
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
         command.add_argument("--json", metavar="FILE", help="also write the numbers there")
-        if name != "dump":
-            command.add_argument("--keypoints", type=int, nargs="+", default=KEYPOINTS[name], help="of a view")
-        if name in ("match", "train"):
-            command.add_argument("--rounds", type=int, default=5)
-            command.add_argument("--dim", type=int, default=256, help="of descriptors")
-            command.add_argument("--layers", type=int, default=15, help="iterations of the networks")
-            command.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
-            command.add_argument("--batch", type=int, nargs="+", default=[1] if name == "match" else [2])
-            command.add_argument("--compile", action="store_true", help="torch.compile; on a GPU match takes graphs")
-        else:
-            command.add_argument("--scenes", type=int, default=4, help="procedural ones to work on")
-            command.add_argument("--workers", type=int, default=1 if name == "eval" else 2, help="processes")
-        if name == "dump":
-            command.add_argument("--size", type=int, nargs=2, default=(1600, 1200), metavar=("W", "H"))
-            command.add_argument("--base_path", help="scenes in MegaDepth's layout, instead of procedural ones")
-        if name == "eval":
-            command.add_argument("--weights", help="of an IMP for sift (default: the best in weights/)")
-            command.add_argument("--estimator", default="magsac")
+        command.add_argument("--keypoints", type=int, nargs="+", default=keypoints, help="of a view")
+        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--dim", type=int, default=256, help="of descriptors")
+        command.add_argument("--layers", type=int, default=15, help="iterations of the networks")
+        command.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
+        command.add_argument("--batch", type=int, nargs="+", default=[batch])
+        command.add_argument("--compile", action="store_true", help="torch.compile; on a GPU match takes graphs")
     return parser.parse_args(argv)
 
 

@@ -48,8 +48,6 @@ TINY = {
               "--precision", "float32", "bfloat16"],
     "train": ["--keypoints", "32", "--dim", "32", "--layers", "5", "--rounds", "1", "--precision", "float32",
               "bfloat16"],
-    "dump": ["--scenes", "1", "--size", "320", "240", "--workers", "1"],
-    "eval": ["--scenes", "1", "--keypoints", "256", "--estimator", "poselib"],
 }
 
 
@@ -59,15 +57,13 @@ def test_command_prints_its_table(part, tmp_path, monkeypatch, capsys):
     assert run(benchmark.main, [part, "--device", "cpu", "--json", str(tmp_path / "numbers.json"), *TINY[part]]) == 0
     numbers = read_json(tmp_path / "numbers.json")
     printed = capsys.readouterr().out
-    rows = {"match": ("rates", 8), "train": ("step", 4), "dump": ("dump", 2), "eval": ("eval", 4)}
+    rows = {"match": ("rates", 8), "train": ("step", 4)}
     name, count = rows[part]
     assert len(numbers[name]) == count
     for row in numbers[name]:
         for column, value in row.items():
             assert column.strip() in printed
-            assert isinstance(value, str) or value > 0 or (column == "pose processes" and value == 0), row
-    if part == "dump":
-        assert [row["features"] for row in numbers["dump"]] == ["sift", "spp"]
+            assert isinstance(value, str) or value > 0, row
     assert json.dumps(numbers["torch"]).strip('"') in printed
 
 

@@ -23,6 +23,7 @@ from tools.files import write_image
 from tools.locks import locked
 from tools.manifest import match_path
 from tools.records import read_record, write_record
+from tools.visualize import VIEW_BRIGHTNESS
 from training import curves, trainer
 from training.config import DEFAULTS, load_train_config
 from training.data import Choice, DumpSource, Samples
@@ -533,7 +534,7 @@ def test_pictures_are_of_the_pairs_that_samples_are_made_of(setup, tmp_path):
     model = build({**DEFAULTS, **SMALL, "init": "warm"}).eval()
     picture = match_pictures(model, samples, tmp_path, torch.device("cpu"))[0][-480:]
     assert [np.median(view) for view in (picture[:, :640], picture[:, -640:])] == [
-        grays[path] for path in samples[0]["image_paths"]]
+        VIEW_BRIGHTNESS * grays[path] for path in samples[0]["image_paths"]]
 
 
 def test_pose_errors_of_unmatched_pairs_count_as_infinite(setup, tmp_path):

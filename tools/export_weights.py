@@ -26,7 +26,6 @@ def export_weights(checkpoint, path, scenes: list[str] | None = None) -> None:
     too_large = [name for name, value in model.items() if not torch.isfinite(value).all()]
     if too_large:
         raise InputError(f"{checkpoint}: {too_large[0]} does not fit in half precision")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"model": model, "network": config["network"], "feature": config["feature"],
                            "config": {key: config[key] for key in ("network", *TOLD) if key in config},
                            "step": content["step"], "scenes": content.get("scenes") if scenes is None else scenes})
