@@ -41,6 +41,7 @@ demo: .venv/installed
 	test -f $(DEMO)/scannet_sift.hdf5 || $(PY) -m dump.dump --config configs/demo_scannet_sift.yaml
 	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
 	$(PY) -m eval.eval_imp --matching_method LightGlue LightGlue_adaptive --use_iterative --estimator poselib --dataset scannet --pairs $(DEMO)/test_scenes/scannet/pairs.txt --image_dir $(DEMO)/test_scenes/scannet --max_keypoints 1000 --limit 20 --save_path $(DEMO)/eval_lightglue
+	$(PY) -m eval.match_images assets/overview_pair.txt --image_dir $(DEMO)/test_scenes/scannet --save_path $(DEMO)/matches
 
 clean-demo:
 	rm -rf $(DEMO)
