@@ -23,7 +23,10 @@ class _SmallestEigenvector(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor) -> tuple[Tensor, Tensor]:
         """a (B, n, n) symmetric -> eigenvector (B, n), its sign arbitrary, and l_1 - l_0 (B,), without gradient."""
-        values, vectors = torch.linalg.eigh(a)
+        try:
+            values, vectors = torch.linalg.eigh(a)
+        except torch.linalg.LinAlgError:  # a GPU's solver may fail where the CPU's converges, and both do on NaN
+            values, vectors = (x.to(a.device) for x in torch.linalg.eigh(a.cpu().nan_to_num()))
         ctx.save_for_backward(values, vectors)
         gap = values[:, 1] - values[:, 0]
         ctx.mark_non_differentiable(gap)

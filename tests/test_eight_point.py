@@ -109,6 +109,29 @@ def test_degenerate_matches_give_finite_values_and_gradients(case, dtype):
         assert x.grad.abs().max() < 1e6
 
 
+def test_eigenvectors_that_do_not_converge_are_found_on_the_cpu(monkeypatch):
+    x0, x1, expected = see_points(4, 30)
+    eigh, devices = torch.linalg.eigh, []
+
+    def fails_at_first(a):
+        devices.append(a.device.type)
+        if len(devices) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(a)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
+    assert apart(weighted_eight_point(x0, x1, uniform(4, 30, least=0.1)), expected) < 1e-6
+    assert devices == ["cpu", "cpu"]
+
+
+def test_what_is_not_finite_ends_nothing():
+    x0, x1, _ = see_points(2, 30)
+    x0[0, 3] = float("nan")
+    E = weighted_eight_point(x0, x1, uniform(2, 30, least=0.1))
+    alone = weighted_eight_point(x0[1:], x1[1:], uniform(2, 30, least=0.1)[1:])
+    assert apart(E[1:], alone) < 1e-9
+
+
 def test_nearly_a_plane():
     for thickness in (1e-1, 1e-3, 1e-5, 1e-7, 1e-9):
         x0, x1, _ = see_points(4, 30, depth=(4, 4 + thickness))

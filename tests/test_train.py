@@ -19,6 +19,7 @@ from nets import build_matcher
 from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from tools.cli import InputError, run
+from tools.distributed import Job
 from tools.files import write_image
 from tools.locks import locked
 from tools.manifest import match_path
@@ -660,7 +661,12 @@ def test_a_folder_has_one_training(setup, tmp_path):
 
 @pytest.mark.parametrize("raised, status, said", [
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
-     InputError, "--shm-size"), (RuntimeError("CUDA error"), RuntimeError, "CUDA error")])
+     InputError, "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), InputError, "--shm-size"),
+    (RuntimeError("CUDA error: out of memory"), InputError, "out of memory with batch_size 2"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), InputError,
+     "out of memory with batch_size 2"),
+    (RuntimeError("CUDA error"), RuntimeError, "CUDA error")])
 def test_an_error_ends_the_run_and_its_processes(setup, monkeypatch, raised, status, said):
     def fail(*_):
         raise raised
@@ -679,6 +685,13 @@ def test_sample_making_processes_end_with_a_killed_run(setup, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.communicate(timeout=20)  # its output ends when the last process that has it is gone
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    with pytest.raises(InputError, match="an old GPU has none and would only emulate it"):
+        trainer.Trainer({"batch_size": 2, "norm_fn": "in", "precision": "bfloat16"}, Job(0, 1, torch.device("cuda:0")))
 
 
 def test_bfloat16_trains_like_float32(setup, tmp_path):

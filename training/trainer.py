@@ -81,6 +81,10 @@ class Trainer:
             raise InputError(f"batch_size {config['batch_size']} does not divide over {job.world_size} processes")
         if config["norm_fn"] == "bn" and job.world_size > 1 and job.device.type == "cpu":
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
+        if config["precision"] == "bfloat16" and job.device.type == "cuda" and not torch.cuda.is_bf16_supported(
+                including_emulation=False):
+            raise InputError(f"precision bfloat16: {torch.cuda.get_device_name(job.device)} has none and would only "
+                             "emulate it; train in float32")
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
         latest = self.folder / "latest.pth"
@@ -315,11 +319,11 @@ def train(config: dict, job: Job) -> tuple[str, list]:
             trainer = Trainer(config, job)
             outcome = trainer.run()
     except (MemoryError, RuntimeError) as error:
-        if "shared memory" in str(error):
+        if "shared memory" in str(error) or "signal: Bus error" in str(error):
             raise InputError("shared memory (/dev/shm) is full of samples: start the container with docker run "
                              "--shm-size 4g or --ipc=host, or lower workers or batch_size") from None
-        # a sample-making process hands on the text of its error alone
-        words = ("MemoryError", "can't allocate memory", "killed by signal: Killed")
+        # a sample-making process hands on the text of its error alone, and CUDA's libraries have their own errors
+        words = ("MemoryError", "can't allocate memory", "killed by signal: Killed", "out of memory", "ALLOC_FAILED")
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)):
             raise
         raise InputError(f"out of memory with batch_size {config['batch_size']} over {job.world_size} processes, "
