@@ -306,7 +306,8 @@ def plot_time_auc(path, summary: dict[str, dict], methods: dict[str, Method]) ->
         for place, network in enumerate(networks):
             one_shot, loops = ([name for name, method in methods.items() if method.matcher.name == network
                                 and method.iterative is iterative] for iterative in (False, True))
-            draw(axes, one_shot, f"{network} one-shot", 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
+            name = f"{network} one-shot" if methods[one_shot[0]].matcher.iterates else network
+            draw(axes, one_shot, name, 0, color=f"C{place}", fmt="o-", markersize=4, linewidth=1.5)
             for loop in loops:
                 draw(axes, [loop], loop, 1, color=f"C{place}", fmt="*", markersize=13)
         axes.set(xlabel="matching and pose (ms per pair); numbers: iterations", ylabel="AUC@10 (%), 95% interval",
