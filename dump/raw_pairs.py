@@ -60,7 +60,7 @@ def _yfcc_pairs(raw_data_dir: Path, scene: str) -> list[tuple[View, View]]:
     content = load_pickle(path)
     try:
         pairs = numbers(content, None, 2)
-        if (pairs % 1 != 0).any():
+        if (pairs != np.trunc(pairs)).any():
             raise InputError("they are not whole")
     except InputError as error:
         raise InputError(f"{path} is not a list of pairs of image numbers: {error}") from None

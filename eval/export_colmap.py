@@ -226,13 +226,14 @@ def claim(out: Path, settings: dict, folder: Path, rematch=None) -> Path:
 
 
 def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int | None = None,
-           nearest: int | None = None, rematch=None, min_inliers: int = 30) -> list[tuple[str, str]]:
+           nearest: int | None = None, rematch=None, min_inliers: int | None = None) -> list[tuple[str, str]]:
     """Fill `out`/database.db; what is there is kept. Returns (name, reason) of images and pairs that were left out.
 
     sequential: match each image with so many that follow it; nearest: with so many of the most similar; neither, and no
     pairs in `images`: all pairs. rematch: a database whose keypoints are matched, instead of extracting new ones.
-    min_inliers: of a two-view geometry.
+    min_inliers: of a two-view geometry; None: the matcher's trusted_inliers.
     """
+    min_inliers = min_inliers or matcher.matcher.trusted_inliers
     pairs = None if images.pairs is None else sorted(map(list, images.pairs))
     settings = {**matcher.settings, "format": f"{FORMAT} {VERSION}", "images": os.path.abspath(images.folder),
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
@@ -304,8 +305,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--nearest", type=whole_number(1), metavar="K",
                         help="match each image with the K most similar, by its local descriptors")
     parser.add_argument("--rematch", metavar="DATABASE", help="match the keypoints of a database; it is only read")
-    parser.add_argument("--min_inliers", type=whole_number(5), default=30,
-                        help="of a two-view geometry (default: %(default)s)")
+    parser.add_argument("--min_inliers", type=whole_number(5),
+                        help="of a two-view geometry (default: 30, of LightGlue 60)")
     add_matcher_options(parser)
     args = parser.parse_args(argv)
     if sum(value is not None for value in (args.pairs, args.sequential, args.nearest)) > 1:

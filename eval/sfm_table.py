@@ -38,7 +38,7 @@ METHODS = {
 COLUMNS = {"verified": "verified pairs", "wrong": "of them wrong", "wrong_rotation": "in rotation", "images": "images",
            "points": "points", "track_length": "track length", "reprojection_error": "reprojection error (px)",
            "center_error": "error of camera centres", "seconds": "CPU seconds"}
-INLIERS = {f"at least {least} inliers": least for least in (30, 45, 60, 100)}
+INLIERS = {f"at least {least} inliers": least for least in (30, 60, 100)}
 
 
 def judge_pairs(database: Database, poses: dict[str, np.ndarray]) -> dict:

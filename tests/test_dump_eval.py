@@ -751,6 +751,7 @@ class Malicious:
         return os.mkdir, ("malicious",)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("content, words", [
     (pickle.dumps([[0, Malicious()]]), "refused to unpickle"),
     (pickle.dumps([[0, 3]]), "names image 3 of 3"),
@@ -758,6 +759,7 @@ class Malicious:
     (pickle.dumps([0, 1, 2]), "not a list of pairs"),
     (pickle.dumps({"a": 1}), "not a list of pairs"),
     (pickle.dumps([[0, 1.5]]), "not a list of pairs"),
+    (pickle.dumps([[0, np.inf]]), "names image inf of 3"),
     (pickle.dumps([[0, 1], [2]]), "not a list of pairs"),
     (pickle.dumps(5), "not a list of pairs"),
 ])
