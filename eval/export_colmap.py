@@ -11,6 +11,7 @@ is in the database, and how cameras are chosen.
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import sqlite3
@@ -116,7 +117,8 @@ class Export:
     failed: (name, reason) of the images that could not be read, and of the pairs that could not be matched.
     """
 
-    def __init__(self, images: ImageSet, matcher: ImageMatcher, database: Database, rematch: bool, min_inliers: int):
+    def __init__(self, images: ImageSet, matcher: ImageMatcher, database: Database, rematch: bool,
+                 min_inliers: int | None):
         self.images, self.matcher, self.database = images, matcher, database
         self.rematch, self.min_inliers = rematch, min_inliers
         self.feature_type = matcher.settings["feature_type"]
@@ -146,7 +148,8 @@ class Export:
                 cameras = [self.database.camera(name) for name in pair]
                 try:
                     found = self.matcher.match(*views, *map(known_K, cameras))
-                    geometry = two_view_geometry(found, *cameras, self.min_inliers, self.matcher.settings["seed"])
+                    geometry = two_view_geometry(found, *cameras, self.min_inliers or math.ceil(found.least_inliers),
+                                                 self.matcher.settings["seed"])
                 except Exception as error:
                     self.failed[" ".join(pair)] = reason(error)
                 else:
@@ -231,9 +234,8 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
 
     sequential: match each image with so many that follow it; nearest: with so many of the most similar; neither, and no
     pairs in `images`: all pairs. rematch: a database whose keypoints are matched, instead of extracting new ones.
-    min_inliers: of a two-view geometry; None: the matcher's trusted_inliers.
+    min_inliers: of a two-view geometry; None: as many as make a pair trusted (docs/own_images.md).
     """
-    min_inliers = min_inliers or matcher.matcher.trusted_inliers
     pairs = None if images.pairs is None else sorted(map(list, images.pairs))
     settings = {**matcher.settings, "format": f"{FORMAT} {VERSION}", "images": os.path.abspath(images.folder),
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
@@ -306,7 +308,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="match each image with the K most similar, by its local descriptors")
     parser.add_argument("--rematch", metavar="DATABASE", help="match the keypoints of a database; it is only read")
     parser.add_argument("--min_inliers", type=whole_number(5),
-                        help="of a two-view geometry (default: 30, of LightGlue 60)")
+                        help="of a two-view geometry (default: 30; of LightGlue also 6 in 100 keypoints)")
     add_matcher_options(parser)
     args = parser.parse_args(argv)
     if sum(value is not None for value in (args.pairs, args.sequential, args.nearest)) > 1:

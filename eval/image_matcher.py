@@ -139,7 +139,7 @@ class ImageMatcher:
         result = ImageMatches(
             view0, view1, found.matches, found.scores, K0, K1, K_source0, K_source1,
             np.zeros(len(found.matches), bool), T_0to1=T_0to1, n_iterations=found.n_iterations,
-            n_layers=self.matcher.n_layers, trusted_inliers=self.matcher.trusted_inliers,
+            n_layers=self.matcher.n_layers, trusted_share=self.matcher.trusted_share,
             stopped_early=bool(found.stopped_early),
             steps=[replace(step, pose=_as_stored(step.pose, view0, view1)) for step in found.steps])
         threshold, seed = self.pose_setting.threshold, self.pose_setting.seed

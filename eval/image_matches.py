@@ -14,7 +14,9 @@ from tools.metrics import match_errors, pose_error
 from tools.visualize import Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
 VERSION = 2  # of the npz and of its content
-TRUSTED_SHARE = 0.05  # of many random matches, 1% agree with some pose and 2% with some F (docs/own_images.md)
+# of unrelated images, 26 was the most; of many random matches, 1% agree with some pose and 2% with some F
+# (docs/own_images.md)
+TRUSTED_INLIERS, TRUSTED_SHARE = 30, 0.05
 
 
 @dataclass
@@ -63,7 +65,7 @@ class ImageMatches:
     it stopped early. planar: one homography explains the inliers, which lie on a plane, or the camera turned on the
     spot; without K there is no F then. translation_determined: False where the camera turned on the spot, as far as the
     inliers tell, so that t means nothing. seconds: of matching and estimation.
-    trusted_inliers: of the matcher (`eval.methods.Matcher`).
+    trusted_share: of the matcher (`eval.methods.Matcher`).
     """
 
     view0: LoadedImage
@@ -86,7 +88,7 @@ class ImageMatches:
     translation_determined: bool = True
     planar: bool = False
     seconds: float = 0.0
-    trusted_inliers: int = 30
+    trusted_share: float = 0.0
 
     @property
     def keypoints0(self) -> np.ndarray:
@@ -125,8 +127,14 @@ class ImageMatches:
                            "a plane explains the matches: two poses fit, and this is one of them")
         return "; ".join(remarks)
 
+    @property
+    def least_inliers(self) -> float:
+        """Fewer inliers may agree by chance."""
+        n_keypoints = min(len(self.keypoints0), len(self.keypoints1))
+        return max(TRUSTED_INLIERS, TRUSTED_SHARE * len(self.candidates[0]), self.trusted_share * n_keypoints)
+
     def _has_few_inliers(self) -> bool:
-        return np.sum(self.inliers) < max(self.trusted_inliers, TRUSTED_SHARE * len(self.candidates[0]))
+        return np.sum(self.inliers) < self.least_inliers
 
     def summary(self) -> dict:
         """The pair's line of pairs.csv."""

@@ -58,7 +58,8 @@ class Matcher:
     takes_weights: if so, `path` is their file, and `scenes` those that they were trained on, None if the file does not
     say. iterates: if so, it can also match iteratively: `network` is what `eval.iterative.match_iteratively` drives, of
     n_layers iterations, n_iterations of which are run, by a `schedule`. threshold: of the score, above which matches
-    are used for the pose. trusted_inliers: of a pose; fewer may agree by chance (docs/own_images.md, docs/sfm.md).
+    are used for the pose. trusted_share: of the keypoints; fewer inliers may agree
+    by chance (docs/own_images.md, docs/sfm.md).
     """
 
     name: str
@@ -67,7 +68,7 @@ class Matcher:
     schedule: Schedule = PUBLISHED_SCHEDULE
     takes_weights = iterates = False
     threshold = 0.0
-    trusted_inliers = 30
+    trusted_share = 0.0
     path = scenes = network = n_layers = n_iterations = None
 
     def __init__(self, settings: MatcherSettings):
@@ -181,7 +182,7 @@ class LightGlueMatcher(Network):
 
     name, feature_types, default_feature_type = "LightGlue", tuple(LIGHTGLUE_FEATURES), "aliked"
     threshold = 0.1
-    trusted_inliers = 60
+    trusted_share = 0.06
     schedule = Schedule(first=1, every=1, same_pose=0.5)
 
     def _load(self, settings):

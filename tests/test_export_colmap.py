@@ -285,7 +285,7 @@ def test_images_that_were_bad_or_not_there_are_added_later(photos, tmp_path, cap
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (["--focal", "301"], "was made with focal 300.0, now it is 301.0"), (["--min_inliers", "20"], "min_inliers 30"),
+    (["--focal", "301"], "was made with focal 300.0, now it is 301.0"), (["--min_inliers", "20"], "min_inliers None"),
     (["--max_keypoints", "300"], "max_keypoints 400"), (["--sequential", "1"], "sequential None")])
 def test_other_settings_are_refused(photos, tmp_path, capsys, change, said):
     assert command(photos, tmp_path / "out", "--focal", 300, *RATIO) == 0
