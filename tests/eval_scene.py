@@ -2,13 +2,17 @@
 import cv2
 import h5py
 import numpy as np
+import torch
 from scipy.spatial.transform import Rotation
 
 from eval.pair_sets import ListPairSet
+from nets import build_matcher
+from tools.checkpoint import save_checkpoint
 from tools.features import Sift
 from tools.files import write_depth, write_image
 from tools.geometry import essential_matrix, make_pose, relative_pose
 from tools.pair_list import Pair, write_pair_list
+from training.start import warm_start
 
 NAMES = ["a.png", "sub/b.png", "c.png"]
 SIZES = [(320, 240), (400, 300), (320, 240)]
@@ -66,6 +70,15 @@ def make_pair(i, j):
 def list_set(scene, pairs, **options):
     """The set of some pairs of the scene, 400 keypoints an image."""
     return ListPairSet(pairs, scene / "images", Sift(400, 1e-5), **options)
+
+
+def write_warm_weights(path):
+    """Weights of a network of six iterations that starts as a nearest-neighbour matcher."""
+    torch.manual_seed(0)
+    network = build_matcher("eimp", descriptor_dim=128, n_layers=6, n_min_tokens=64)
+    warm_start(network)
+    save_checkpoint(path, {"model": network.state_dict(), "config": {"network": "eimp", "n_min_tokens": 64}})
+    return path
 
 
 def write_hdf5(path, pair_set, sizes=True, text=None, depth=True, numbers=(0, 1)):

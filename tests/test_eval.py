@@ -45,16 +45,8 @@ from tools.pair_list import Pair, write_pair_list
 from training.start import warm_start
 
 INSTALLED = ["magsac", "ransac", "poselib", *(["pycolmap"] if find_spec("pycolmap") else [])]
+pytestmark = pytest.mark.usefixtures("one_thread")
 MAGSAC = PoseSetting("magsac", 1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small lose more by threads that wait for each other than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

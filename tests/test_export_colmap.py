@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, render, texture
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -27,20 +26,13 @@ from tools.scene_info import write_scene_info
 pycolmap = pytest.importorskip("pycolmap")
 KINDS = pycolmap.TwoViewGeometryConfiguration
 SETTINGS = {"matching_method": "NN_ratio", "feature_type": "sift", "max_keypoints": 400}
+pytestmark = pytest.mark.usefixtures("one_thread")
 RATIO = [str(word) for name, value in SETTINGS.items() for word in (f"--{name}", value)]
 
 
 WEIGHTS = Path(__file__).parents[1] / "weights/imp_sift_open.pth"
 WALK = [make_pose(Rotation.from_rotvec([0, 5 * i, 0], degrees=True).as_matrix(), [-0.45 * i, 0.1 * (i % 2), 0])
         for i in range(5)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,19 @@
 import numpy as np
 import pytest
 import torch
-from eval_scene import CAMERAS, POSES, list_set, make_pair, make_scene
+from eval_scene import CAMERAS, POSES, list_set, make_pair, make_scene, write_warm_weights
 
 from eval.match_features import match_features
-from nets import build_matcher
-from tools.checkpoint import save_checkpoint
 from tools.cli import InputError
 from tools.geometry import relative_pose
 from tools.metrics import pose_error
-from training.start import warm_start
 
 VIEW = ("keypoints", "descriptors", "scores", "image_size")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    network = build_matcher("eimp", descriptor_dim=128, n_layers=6, n_min_tokens=64)
-    warm_start(network)
-    path = tmp_path_factory.mktemp("weights") / "warm.pth"
-    save_checkpoint(path, {"model": network.state_dict(), "config": {"network": "eimp", "n_min_tokens": 64}})
-    return path
+    return write_warm_weights(tmp_path_factory.mktemp("weights") / "warm.pth")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, texture
+from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, texture, write_warm_weights
 from PIL import Image
 from PIL.ExifTags import IFD
 
@@ -32,22 +32,13 @@ from tools.geometry import essential_matrix, relative_pose, to_camera_coordinate
 from tools.metrics import epipolar_error, pose_error
 from tools.pair_list import Pair, write_pair_list
 from tools.visualize import GREEN, RED
-from training.start import warm_start
 
 KEYS = {"version", "image0", "image1", "image_size0", "image_size1", "turns0", "turns1", "keypoints0", "keypoints1",
         "scores0", "scores1", "matches", "matching_scores", "K0", "K1", "K_source0", "K_source1", "R", "t", "inliers",
         "translation_determined", "planar", "F", "verdict", "summary", "settings"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 REPORT = ["index.html", "pairs.csv"]
 RATIO = ("--matching_method", "NN_ratio", "--max_keypoints", "400")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small lose more by threads that wait for each other than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +50,7 @@ def scene(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A network of six iterations that starts as a nearest-neighbour matcher."""
-    torch.manual_seed(0)
-    network = build_matcher("eimp", descriptor_dim=128, n_layers=6, n_min_tokens=64)
-    warm_start(network)
-    path = tmp_path_factory.mktemp("weights") / "warm.pth"
-    checkpoint.save_checkpoint(path, {"model": network.state_dict(), "config": {"network": "eimp", "n_min_tokens": 64}})
-    return path
+    return write_warm_weights(tmp_path_factory.mktemp("weights") / "warm.pth")
 
 
 def command(*words):

@@ -12,20 +12,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_scene
+from eval_scene import CAMERAS, NAMES, POSES, SIZES, list_set, make_pair, make_scene, write_warm_weights
 from torch import nn
 
 from eval import hloc_files
 from eval.match_features import match_features
-from nets import build_matcher
-from tools.checkpoint import save_checkpoint
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES, Sift
 from tools.files import read_image
 from tools.geometry import relative_pose
 from tools.metrics import match_errors
 from tools.pair_list import Pair
-from training.start import warm_start
 
 
 class HlocModel(nn.Module, metaclass=ABCMeta):
@@ -113,12 +110,7 @@ def hloc(monkeypatch):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    network = build_matcher("eimp", descriptor_dim=128, n_layers=6, n_min_tokens=64)
-    warm_start(network)
-    path = tmp_path_factory.mktemp("weights") / "warm.pth"
-    save_checkpoint(path, {"model": network.state_dict(), "config": {"network": "eimp", "n_min_tokens": 64}})
-    return path
+    return write_warm_weights(tmp_path_factory.mktemp("weights") / "warm.pth")
 
 
 @pytest.fixture(scope="module")
