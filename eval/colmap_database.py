@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 
-from eval.image_matcher import ImageMatches, LoadedImage
+from eval.image_matches import ImageMatches, LoadedImage
 from tools.cli import InputError
 from tools.extras import import_pycolmap
 from tools.features import FEATURE_TYPES, Features

@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.colmap_database import Database, known_K, two_view_geometry
-from eval.image_matcher import ImageMatcher, LoadedImage, focal_K
+from eval.image_matcher import ImageMatcher, focal_K
+from eval.image_matches import LoadedImage
 from eval.match_images import add_matcher_options, build_matcher, camera_matrix, find_images
 from tools.cli import InputError, number, reason, report_skipped, run, whole_number
 from tools.extras import import_pycolmap
