@@ -6,7 +6,6 @@ import torch
 
 LOGIT_SCALE = 39.0  # of a perfect match; 21 * 21 / sqrt(128)
 RESIDUAL = 0.02
-BIN_SCORE = 30.0
 
 
 def branch_ends(matcher) -> list:
@@ -26,8 +25,11 @@ def published_start(matcher) -> None:
 
 
 @torch.no_grad()
-def warm_start(matcher) -> None:
-    """Make an untrained matcher a nearest-neighbour matcher, in place."""
+def warm_start(matcher, bin_score: float = 30.0) -> None:
+    """Make an untrained matcher a nearest-neighbour matcher, in place.
+
+    bin_score: of the dustbins; between the scores of true matches and those of unmatched keypoints' nearest neighbours.
+    """
     dim = matcher.final_proj[0].weight.shape[0]
     gain = (LOGIT_SCALE * dim ** 0.5) ** 0.5
     for proj in matcher.final_proj:
@@ -36,4 +38,4 @@ def warm_start(matcher) -> None:
     for end in branch_ends(matcher):
         end.weight.mul_(RESIDUAL)
         end.bias.mul_(RESIDUAL)
-    matcher.bin_score.fill_(BIN_SCORE)
+    matcher.bin_score.fill_(bin_score)
