@@ -32,11 +32,14 @@ from tools.extras import import_pycolmap
 from tools.files import atomic_path, below, check_file, check_folder, read_json, remove_strays, write_json
 from tools.geometry import is_camera_matrix, opencv_to_colmap_K
 from tools.locks import locked
-from tools.manifest import check_fields, check_settings
+from tools.manifest import check_fields, check_settings, is_list_of
 from tools.pair_list import read_pair_list
 
 FORMAT, VERSION = "imp-colmap", 1
 GUESSED_FOCAL = 1.2  # of the longer side, as COLMAP guesses
+# of settings.json, what is there for each image and pair
+GROWING_FIELDS = {**dict.fromkeys(("K", "turns"), (lambda value: isinstance(value, dict), {})),
+                  "pairs": (lambda value: value is None or is_list_of(str, str)(value), None)}
 
 
 @dataclass
@@ -204,21 +207,49 @@ def copy_to_rematch(source, target) -> None:
             raise InputError(f"{source} is not a database of COLMAP: {error}") from None
 
 
-def claim(out: Path, settings: dict, folder: Path, rematch=None) -> Path:
+def without_images(settings: dict) -> dict:
+    """Settings without what they say of each image and pair: more of these can be given later."""
+    return {**settings, "K": None, "turns": None, "pairs": settings["pairs"] and "of a list"}
+
+
+def add_settings(made: dict, settings: dict, images: ImageSet, there: list[str], out: Path) -> dict:
+    """`settings`, with what `made` says of images that are not asked for any more.
+
+    there: names in the database. InputError if one of these has another camera now, or the list lost pairs.
+    """
+    asked = set(map(tuple, settings["pairs"] or []))
+    lost = next((pair for pair in made["pairs"] or [] if tuple(pair) not in asked), None)
+    if lost:
+        raise InputError(f"{out} has the pair {' '.join(lost)}, which is not in the list: add it, or write elsewhere")
+    settings, names = dict(settings), set(images.names)
+    for key in ("K", "turns"):
+        settings[key] = {name: old for name, old in made[key].items() if name not in names} | settings[key]
+        for name in there:
+            old, new = made[key].get(name), settings[key].get(name)
+            if old != new:
+                raise InputError(f"{out} was made with {key} {old} of {name}, now it is {new}: give the same settings, "
+                                 "or write elsewhere")
+    return settings
+
+
+def claim(out: Path, settings: dict, images: ImageSet, rematch=None) -> Path:
     """Mark the folder `out` as made with `settings`, or check that it was, and that no image changed since.
 
-    folder: of the images; rematch: as `export` takes it. Returns the database to fill.
+    images, rematch: as `export` takes them. Returns the database to fill.
     """
     file, final, unfinished = (out / name for name in ("settings.json", "database.db", "unfinished.db"))
     if file.exists():
-        check_settings(check_fields(read_json(file), {}, file), settings, out)
+        made = check_fields(read_json(file), GROWING_FIELDS, file)
+        check_settings(without_images(made), without_images(settings), out)
     elif final.exists():
         raise InputError(f"{out} holds a database that was not made here: write elsewhere")
     else:
         unfinished.unlink(missing_ok=True)
     path = final if final.exists() else unfinished
     if path.exists():
-        sources = [folder / name for name in image_names(path)]
+        there = image_names(path)
+        settings = add_settings(made, settings, images, there, out)
+        sources = [images.folder / name for name in there]
         sources += [Path(settings["weights"])] if settings["weights"] else []
         for source in [] if rematch else sources:
             if source.exists() and source.stat().st_mtime > file.stat().st_mtime:
@@ -242,7 +273,7 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
                 "turns": images.turns, "pairs": pairs, "sequential": sequential, "nearest": nearest,
                 "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers}
-    path = claim(out, settings, images.folder, rematch)
+    path = claim(out, settings, images, rematch)
     with Database(path) as database:
         if rematch and images.pairs is None:
             images.names = list(database.ids)
@@ -255,6 +286,10 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
         n_images, n_pairs = database.counts()
         print(f"{n_images} images, {n_pairs} pairs, {database.db.num_verified_image_pairs()} of them verified: "
               f"{out / 'database.db'}")
+    # the last rows are beside the file as long as another program, COLMAP's window say, has it open
+    with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
+        if connection.execute("pragma wal_checkpoint(truncate)").fetchone()[0]:
+            raise InputError(f"another program is reading {path}: close it and run this again")
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(path, out / "database.db")
