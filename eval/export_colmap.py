@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from eval.colmap_database import Database, known_K, two_view_geometry
@@ -32,14 +33,15 @@ from tools.extras import import_pycolmap
 from tools.files import atomic_path, below, check_file, check_folder, read_json, remove_strays, write_json
 from tools.geometry import is_camera_matrix, opencv_to_colmap_K
 from tools.locks import locked
-from tools.manifest import check_fields, check_settings, is_list_of
+from tools.manifest import check_fields, check_settings, is_count, is_list_of
 from tools.pair_list import read_pair_list
 
 FORMAT, VERSION = "imp-colmap", 1
 GUESSED_FOCAL = 1.2  # of the longer side, as COLMAP guesses
-# of settings.json, what is there for each image and pair
-GROWING_FIELDS = {**dict.fromkeys(("K", "turns"), (lambda value: isinstance(value, dict), {})),
-                  "pairs": (lambda value: value is None or is_list_of(str, str)(value), None)}
+# of settings.json, what a later run may have more of, or otherwise
+OPEN_FIELDS = {"K": (lambda value: isinstance(value, dict), {}), "turns": (lambda value: isinstance(value, dict), {}),
+               "pairs": (lambda value: value is None or is_list_of(str, str)(value), None),
+               "threads": (lambda value: value is None or (is_count(value) and 0 < value < 2 ** 16), None)}
 
 
 @dataclass
@@ -172,8 +174,8 @@ class Export:
                 self.failed[name] = reason(error)
                 return None
             if not self.database.has_keypoints(self.views[name]):
-                raise InputError(f"{name} has other keypoints than in the database, which another device, library or "
-                                 "number of threads found: write elsewhere")
+                raise InputError(f"{name} has other keypoints than in the database, which another device or library "
+                                 "found: write elsewhere")
         return self.views.get(name)
 
     def _load(self, name: str) -> LoadedImage:
@@ -207,9 +209,9 @@ def copy_to_rematch(source, target) -> None:
             raise InputError(f"{source} is not a database of COLMAP: {error}") from None
 
 
-def without_images(settings: dict) -> dict:
-    """Settings without what they say of each image and pair: more of these can be given later."""
-    return {**settings, "K": None, "turns": None, "pairs": settings["pairs"] and "of a list"}
+def closed(settings: dict) -> dict:
+    """Settings that a later run has to have, too."""
+    return {**settings, "threads": None, "K": None, "turns": None, "pairs": settings["pairs"] and "of a list"}
 
 
 def add_settings(made: dict, settings: dict, images: ImageSet, there: list[str], out: Path) -> dict:
@@ -239,8 +241,8 @@ def claim(out: Path, settings: dict, images: ImageSet, rematch=None) -> Path:
     """
     file, final, unfinished = (out / name for name in ("settings.json", "database.db", "unfinished.db"))
     if file.exists():
-        made = check_fields(read_json(file), GROWING_FIELDS, file)
-        check_settings(without_images(made), without_images(settings), out)
+        made = check_fields(read_json(file), OPEN_FIELDS, file)
+        check_settings(closed(made), closed(settings), out)
     elif final.exists():
         raise InputError(f"{out} holds a database that was not made here: write elsewhere")
     else:
@@ -272,7 +274,8 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
     settings = {**matcher.settings, "format": f"{FORMAT} {VERSION}", "images": os.path.abspath(images.folder),
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
                 "turns": images.turns, "pairs": pairs, "sequential": sequential, "nearest": nearest,
-                "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers}
+                "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers,
+                "threads": torch.get_num_threads()}
     path = claim(out, settings, images, rematch)
     with Database(path) as database:
         if rematch and images.pairs is None:
@@ -375,9 +378,11 @@ def main(argv=None) -> int:
         remove_strays(out)
         model = args.matching_method, args.feature_type, args.weights
         used = out / "settings.json"
-        if not any(model) and used.exists():
-            content = check_fields(read_json(used), {}, used)
-            model = tuple(content.get(name) for name in ("matching_method", "feature_type", "weights"))
+        made = check_fields(read_json(used), OPEN_FIELDS, used) if used.exists() else {}
+        if made.get("threads"):  # with another number, keypoints of networks differ in the last digits
+            torch.set_num_threads(made["threads"])
+        if not any(model) and made:
+            model = tuple(made.get(name) for name in ("matching_method", "feature_type", "weights"))
         elif args.rematch and not args.feature_type:
             model = args.matching_method, "sift", args.weights
         matcher = build_matcher(args, model)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, render, texture
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -256,7 +257,10 @@ def test_killed_at_any_moment_the_same_command_ends_with_an_equal_database(scene
         there = tables(killed / "unfinished.db")
         assert len(there["images"]) == n_images
         assert len(there["matches"]) == len(there["two_view_geometries"]) == n_pairs
+    threads = read_json(out / "settings.json")["threads"]
+    torch.set_num_threads(threads + 1)
     assert command(*options, out) == 0
+    assert torch.get_num_threads() == threads
     assert tables(out / "database.db") == tables(tmp_path / "whole/database.db")
     assert sorted(path.name for path in out.iterdir()) == ["database.db", "settings.json"]
 
