@@ -300,7 +300,7 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
 
 
 def map_images(folder: Path, out: Path, seed: int = 0) -> list[dict]:
-    """Make models of `out`/database.db with COLMAP's incremental mapper, as `out`/0, `out`/1, ...
+    """Make models of `out`/database.db with COLMAP's incremental mapper, as `out`/0, `out`/1, ..., the largest first.
 
     Returns what `out`/models.json holds: name, images, points, track_length and reprojection_error (pixels) of each. It
     is written last, so that models of this very database are left as they are.
@@ -322,10 +322,11 @@ def map_images(folder: Path, out: Path, seed: int = 0) -> list[dict]:
     for old in out.glob("[0-9]*"):
         shutil.rmtree(old)
     content["models"] = []
-    for name, model in sorted((str(index), model) for index, model in models.items()):
-        os.replace(work / name, out / name)
+    # COLMAP keeps its first attempt, however small, beside a model of more images
+    for name, (index, model) in enumerate(sorted(models.items(), key=lambda item: -item[1].num_reg_images())):
+        os.replace(work / str(index), out / str(name))
         content["models"].append({
-            "name": name, "images": model.num_reg_images(), "points": model.num_points3D(),
+            "name": str(name), "images": model.num_reg_images(), "points": model.num_points3D(),
             "track_length": model.compute_mean_track_length(),
             "reprojection_error": model.compute_mean_reprojection_error()})
     write_json(report, content)

@@ -423,6 +423,24 @@ def test_a_model_comes_out(tmp_path, capsys):
     assert (tmp_path / "out/0/points3D.bin").read_bytes() == made
 
 
+def test_the_largest_model_is_the_first(tmp_path, monkeypatch):
+    mapping = pycolmap.incremental_mapping
+
+    def fail_first(database, images, out, options):
+        models = mapping(database, images, out, options)
+        (out / "0").rename(out / "1")
+        (out / "0").mkdir()
+        pycolmap.Reconstruction().write(out / "0")
+        return {0: pycolmap.Reconstruction(), 1: models[0]}
+
+    write_images(tmp_path / "images", WALK[:3])
+    monkeypatch.setattr(pycolmap, "incremental_mapping", fail_first)
+    assert command(tmp_path / "images", tmp_path / "out", "--map", "--K", 300, 306, 159.5, 119.5, *RATIO) == 0
+    rows = read_json(tmp_path / "out/models.json")["models"]
+    assert [(row["name"], row["images"]) for row in rows] == [("0", 3), ("1", 0)]
+    assert [pycolmap.Reconstruction(tmp_path / "out" / name).num_reg_images() for name in "01"] == [3, 0]
+
+
 def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
     poses = list(WALK)
     names, depths = [f"images/{i}.png" for i in range(5)], write_images(tmp_path / "images", poses)
