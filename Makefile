@@ -1,7 +1,7 @@
 # make test       install what is missing into .venv, then run the tests
 # make test-long  the tests, then 10,000 damaged files: before a release
 # make demo       the whole way on scenes made here: images -> features and matches -> training -> evaluation
-# make weights    IMP and EIMP for ALIKED, trained and judged: PHOTOS=DIR KITCHEN=DIR MINUTES=N, SCANNET=DIR, TRAIN="--key value"
+# make weights    data, training and evaluation of IMP and EIMP for ALIKED; PHOTOS, KITCHEN, ...: see docs/training.md
 # make lint       ruff
 # make fuzz       damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
 
@@ -10,6 +10,7 @@ PY := .venv/bin/python
 DEMO := runs/demo
 
 MINUTES ?= 600
+EVAL_PAIRS ?= 200
 
 .PHONY: test test-long demo weights lint fuzz clean-demo
 
@@ -46,9 +47,8 @@ demo: .venv/installed
 	$(PY) -m eval.eval_imp --matching_method LightGlue LightGlue_adaptive --use_iterative --estimator poselib --dataset scannet --pairs $(DEMO)/test_scenes/scannet/pairs.txt --image_dir $(DEMO)/test_scenes/scannet --max_keypoints 1000 --limit 20 --save_path $(DEMO)/eval_lightglue
 	$(PY) -m eval.match_images assets/overview_pair.txt --image_dir $(DEMO)/test_scenes/scannet --save_path $(DEMO)/matches
 
-# stopped, it continues when started again (docs/training.md)
 weights: .venv/installed
-	$(PY) -m training.weights --photos "$(PHOTOS)" --kitchen "$(KITCHEN)" $(if $(SCANNET),--scannet "$(SCANNET)") --minutes $(MINUTES) $(TRAIN)
+	$(PY) -m training.weights --photos "$(PHOTOS)" --kitchen "$(KITCHEN)" $(if $(SCANNET),--scannet "$(SCANNET)") --minutes $(MINUTES) --eval_pairs $(EVAL_PAIRS) $(TRAIN)
 
 clean-demo:
 	rm -rf $(DEMO)

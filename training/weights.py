@@ -123,10 +123,10 @@ def make_data(clock: Clock, photos: Path, kitchen: Path) -> None:
 
 
 def train(clock: Clock, stage: str, keys: list[str], *own) -> None:
-    """A stage of training: keys of its own, then the user's."""
+    """A stage of training: with the user's keys, then those of its own."""
     folder = RUNS / stage
     call_stage(clock, stage, folder / "latest.pth",
-               "train", "--config", CONFIG, "--save_path", folder, "--resume_path", folder, *own, *keys)
+               "train", "--config", CONFIG, "--save_path", folder, "--resume_path", folder, *keys, *own)
 
 
 def train_networks(clock: Clock, keys: list[str]) -> None:
