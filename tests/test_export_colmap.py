@@ -189,6 +189,20 @@ def test_a_turn_on_the_spot_is_panoramic(scene, tmp_path):
         assert np.median(np.linalg.norm(rays[:, :2] / rays[:, 2:] - there, axis=1)) < 1
 
 
+def test_a_short_baseline_gives_no_direction(scene, tmp_path):
+    write_images(tmp_path / "images", [np.eye(4), make_pose(np.eye(3), [0.15, 0, 0])])
+    assert command(tmp_path / "images", tmp_path / "out", *RATIO, "--K", 300, 306, 159.5, 119.5) == 0
+    with Database(tmp_path / "out/database.db") as database:
+        geometry = database.db.read_two_view_geometry(1, 2)
+        assert geometry.config == KINDS.UNCALIBRATED and geometry.E is None
+        T = geometry.cam2_from_cam1.matrix()
+        assert not T[:, 3].any() and pose_error(np.eye(4), T[:, :3], np.ones(3))[1] < 2
+        x0, x1 = (np.c_[database.db.read_keypoints(image_id)[geometry.inlier_matches[:, v]],
+                        np.ones(len(geometry.inlier_matches))] for v, image_id in enumerate((1, 2)))
+        lines = x0 @ geometry.F.T
+        assert np.median(np.abs(np.sum(x1 * lines, axis=1)) / np.hypot(*lines[:, :2].T)) < 0.5
+
+
 def test_pairs_of_neighbours_and_of_similar_images(tmp_path):
     rng = np.random.default_rng(0)
     kinds = rng.normal(size=(2, 16))
