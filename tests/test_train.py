@@ -671,7 +671,7 @@ def test_an_error_ends_the_run_and_its_processes(setup, monkeypatch, raised, sta
     def fail(*_):
         raise raised
 
-    monkeypatch.setattr(trainer.Trainer, "_log", fail)
+    monkeypatch.setattr(trainer.Trainer, "_read", fail)
     with pytest.raises(status, match=said):
         train_with(setup, "--workers", 1)
     assert not multiprocessing.active_children()
