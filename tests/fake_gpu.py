@@ -105,13 +105,22 @@ def _allow_cuda_tensors() -> None:
 def _main() -> None:
     if not torch.cuda.is_available():
         _allow_cuda_tensors()
+    baddbmm = torch.baddbmm
     for kind, precision in itertools.product(("gm", "imp", "eimp"), (torch.float32, torch.bfloat16)):
+        projected, steps = [], set()
+
+        def step(*args, steps=steps):
+            result = baddbmm(*args)
+            steps.add(result.dtype)
+            return result
+
         with FakeTensorMode(), torch.autocast("cuda", precision, enabled=precision != torch.float32):
             with torch.device("cuda"):
-                matcher, seen = make_matcher(kind).train(), []
-            matcher.final_proj[0].register_forward_hook(lambda *args, seen=seen: seen.append(args[-1].dtype))
-            out = matcher(make_batch(True, "cuda"), pose_weight=1.0)
-        print(kind, precision, *seen, out["loss"].device, out["loss"].dtype)
+                matcher = make_matcher(kind).train()
+            matcher.final_proj[0].register_forward_hook(lambda *args, seen=projected: seen.append(args[-1].dtype))
+            with mock.patch.object(torch, "baddbmm", step):
+                out = matcher(make_batch(True, "cuda"), pose_weight=1.0)
+        print(f"{kind}: projection {projected[0]}, Sinkhorn {steps}, loss {out['loss'].dtype} {out['loss'].device}")
 
 
 if __name__ == "__main__":

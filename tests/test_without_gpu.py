@@ -17,10 +17,11 @@ from tests.tiny_dump import make_tiny_dump
 from tools import checkpoint, distributed, pretrained
 from tools.distributed import Job
 from tools.features import build_extractor
+from training import trainer
 from training.config import DEFAULTS
 from training.sources import training_samples
 from training.trainer import Trainer, build
-from training.validation import validate
+from training.validation import to_device, validate
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = {"layers": 5, "sinkhorn_iterations": 3, "n_min_tokens": 16, "max_keypoints": 48, "min_inliers": 8,
@@ -48,8 +49,8 @@ def test_forward_in_training_mode_on_cuda_tensors():
     """In float32 and under CUDA's own autocast; in a process of its own, which has to pretend more than is healthy."""
     done = subprocess.run([sys.executable, "-m", "tests.fake_gpu"], cwd=REPOSITORY, capture_output=True, text=True,
                           timeout=240)
-    expected = [f"{kind} {precision} {precision} cuda:0 torch.float32" for kind in ("gm", "imp", "eimp")
-                for precision in ("torch.float32", "torch.bfloat16")]
+    expected = [f"{kind}: projection {precision}, Sinkhorn {{torch.float32}}, loss torch.float32 cuda:0"
+                for kind in ("gm", "imp", "eimp") for precision in ("torch.float32", "torch.bfloat16")]
     assert done.stdout.splitlines() == expected, done.stderr
 
 
@@ -87,6 +88,21 @@ def test_the_loop_waits_where_it_reads_and_removes():
         found = match_iteratively(matcher, data, estimate)
     assert found.stopped_early and found.n_iterations == 6
     assert gpu.waits == READ + ["nonzero"] * 2 + READ
+
+
+@pytest.mark.parametrize("kind, layer_updates", [("gm", 2), ("imp", 1), ("eimp", 2)])
+def test_batch_norms_shared_by_processes_take_the_same_statistics(kind, layer_updates):
+    """Of each view by itself in the encoder and in layers, but for IMP's, which take both views at once."""
+    results = []
+    for convert in (lambda matcher: matcher, torch.nn.SyncBatchNorm.convert_sync_batchnorm):
+        matcher = convert(fill_(make_matcher(kind, "bn"), "", 3.0)).train()
+        loss = matcher(make_batch(True, "cpu"))["loss"]
+        loss.backward()
+        results.append([loss.detach(), *matcher.buffers(), *(parameter.grad for parameter in matcher.parameters())])
+    assert isinstance(matcher.kenc.encoder[1], torch.nn.SyncBatchNorm)
+    assert matcher.kenc.encoder[1].num_batches_tracked == 2
+    assert {int(layer.mlp[1].num_batches_tracked) for layer in matcher.gnn.layers} == {layer_updates}
+    assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
 def load_nothing(name, path, device, build, *_):
@@ -149,6 +165,37 @@ def test_training_waits_once_a_step(config, monkeypatch):
         trainer = Trainer({**config, "with_pose": True, "pose_start": 0, "clip_grad": 1.0}, Job(0, 1, DEVICE))
         assert trainer.run() == "finished"
     assert waits == [["to cpu"]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_the_optimiser_is_fused_by_the_device_alone(config, monkeypatch):
+    """A run that moves from the CPU to a GPU and back; the tensors of this one stay on the CPU."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    monkeypatch.setattr(trainer, "to_device", lambda batch, device: to_device(batch, torch.device("cpu")))
+    for epochs, device, fused in ((1, "cpu", False), (2, "cuda", True), (3, "cpu", False)):
+        run = Trainer({**config, "epochs": epochs, "resume_path": config["save_path"]}, Job(0, 1, torch.device(device)))
+        assert [group["fused"] for group in run.optimizer.param_groups] == [fused]
+        assert run.run() == "finished" and run.step == 2 * epochs
+
+
+@pytest.mark.parametrize("gpu, expected", [([], ["cuda:0", "cuda:1"]), ([1], ["cuda:1"]), ([-1], ["cpu"])])
+def test_devices_where_there_are_two_gpus(gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(device) for device in distributed.choose_devices(gpu)] == expected
+
+
+@pytest.mark.parametrize("device, backend, current", [("cpu", "gloo", []), ("cuda:1", "nccl", ["cuda:1"])])
+def test_processes_meet_by_what_their_devices_speak(device, backend, current, monkeypatch):
+    calls, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(distributed, "_meeting_point", lambda rank, world_size: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("destroy"))
+    assert distributed._join(lambda job: str(job.device), 1, 2, torch.device(device), ()) == device
+    assert chosen == current
+    # no device_id: with it NCCL would set itself up at once
+    assert calls == [((backend,), {"store": None, "rank": 1, "world_size": 2}), "barrier", "destroy"]
 
 
 def test_validation_waits_for_matches_and_once(config):
