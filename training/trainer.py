@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import math
+import os
 import re
 import signal
 import sys
@@ -33,7 +34,7 @@ NAMED_PAIRS = 5  # in the message that ends such a run
 # what may differ when a run is resumed: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
-                  "val_images", "do_eval", "eval_epochs", "precision", "compile"}
+                  "val_images", "do_eval", "eval_epochs", "precision", "compile", "deterministic"}
 MATCHER_SETTINGS = ("norm_fn", "ac_fn", "with_sinkhorn", "sinkhorn_iterations", "match_threshold", "n_min_tokens")
 
 
@@ -86,6 +87,9 @@ class Trainer:
                 including_emulation=False):
             raise InputError(f"precision bfloat16: {torch.cuda.get_device_name(job.device)} has none and would only "
                              "emulate it; train in float32")
+        if config["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU multiplies for the first time
+            torch.use_deterministic_algorithms(True)
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
         latest = self.folder / "latest.pth"
