@@ -40,7 +40,8 @@ def fake_gpu(value: int = 0):
     """In the block, tensors on DEVICE are fake and those on the CPU real; tensors of both in one operation are an
     error, and each time the host waits for the device is an entry of `waits` of what this yields.
 
-    What the host reads from the device is `value` throughout; nonzero and boolean indices select everything.
+    What the host reads from the device is `value` throughout; nonzero and boolean indices select everything. Waiting
+    inside an operation, as a GPU's eigh does to see whether it converged, is not seen.
     """
     autocast, nothing = torch.autocast, contextlib.nullcontext
     with mock.patch.multiple(
