@@ -190,6 +190,22 @@ def test_a_turn_on_the_spot_is_panoramic(scene, tmp_path):
         assert np.median(np.linalg.norm(rays[:, :2] / rays[:, 2:] - there, axis=1)) < 1
 
 
+def test_a_short_baseline_gives_no_direction(scene, tmp_path):
+    write_images(tmp_path / "images", [np.eye(4), make_pose(np.eye(3), [0.15, 0, 0])])
+    assert command(tmp_path / "images", tmp_path / "out", *RATIO, "--K", 300, 306, 159.5, 119.5) == 0
+    with Database(tmp_path / "out/database.db") as database:
+        geometry = database.db.read_two_view_geometry(1, 2)
+        assert geometry.config == KINDS.UNCALIBRATED and geometry.E is None
+        judged = sfm_table.judge_pairs(database, {"0.png": np.eye(4), "1.png": make_pose(np.eye(3), [0, 0.15, 0])})
+        assert judged["verified"] == 1 and judged["directed"] == judged["wrong"] == 0
+        T = geometry.cam2_from_cam1.matrix()
+        assert not T[:, 3].any() and pose_error(np.eye(4), T[:, :3], np.ones(3))[1] < 2
+        x0, x1 = (np.c_[database.db.read_keypoints(image_id)[geometry.inlier_matches[:, v]],
+                        np.ones(len(geometry.inlier_matches))] for v, image_id in enumerate((1, 2)))
+        lines = x0 @ geometry.F.T
+        assert np.median(np.abs(np.sum(x1 * lines, axis=1)) / np.hypot(*lines[:, :2].T)) < 0.5
+
+
 def test_pairs_of_neighbours_and_of_similar_images(tmp_path):
     rng = np.random.default_rng(0)
     kinds = rng.normal(size=(2, 16))
@@ -271,11 +287,12 @@ def test_images_that_were_bad_or_not_there_are_added_later(photos, tmp_path, cap
     options = photos, tmp_path / "out", "--focal", 300, *RATIO
     assert command(*options) == 1
     said = capsys.readouterr()
-    assert "2 images, 1 pairs" in said.out and "1 images or pairs skipped" in said.err and "c.png" in said.err
+    assert "2 images, 1 pairs with matches" in said.out
+    assert "1 images or pairs skipped" in said.err and "c.png" in said.err
     before = tables(tmp_path / "out/database.db")
     (photos / "c.png").write_bytes(good)
     assert command(*options) == 0
-    assert "3 images, 3 pairs" in capsys.readouterr().out
+    assert "3 images, 3 pairs with matches" in capsys.readouterr().out
     after = tables(tmp_path / "out/database.db")
     assert set(before["matches"]) < set(after["matches"]) and len(after["matches"]) == 3
 
@@ -455,11 +472,18 @@ def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
     row = read_json(tmp_path / "out/NN_ratio/table.json")["row"]
     assert row["verified"] > row["wrong"] == row["wrong_rotation"] >= 3
     assert row["images"] == 5 and row["seconds"] > 0
-    numbers = [row[name] for name in ("verified", "wrong", "wrong_rotation")]
-    assert row["at least 30 inliers"] == "{}, {}, {}".format(*numbers)
+    numbers = [row[name] for name in ("verified", "directed", "wrong", "wrong_rotation")]
+    assert row["at least 30 inliers"] == "{}, {}, {}, {}".format(*numbers)
     assert row["center_error"] > 0.05  # the wrong pose draws all of them along
-    assert f"| NN_ratio | {row['verified']} | {row['wrong']} |" in said
+    assert f"| NN_ratio | {row['verified']} | {row['directed']} | {row['wrong']} |" in said
 
+    with Database(tmp_path / "out/NN_ratio/database.db") as database:  # cameras above each other: no direction is right
+        above = {name: make_pose(pose[:3, :3], pose[:3, :3] @ [0, -i, 0]) for i, (name, pose) in
+                 enumerate(zip(names, WALK))}
+        there = sfm_table.judge_pairs(database, above)
+        assert there["verified"] >= there["directed"] == there["wrong"] > there["wrong_rotation"] == 0
+        assert there["at least 30 inliers"] == "{verified}, {directed}, {wrong}, {wrong_rotation}".format(**there)
+        assert there["at least 100 inliers"] != there["at least 30 inliers"]
     monkeypatch.setattr(sfm_table, "run_method", None)  # what is there is not run again
     assert run(sfm_table.main, [str(word) for word in words]) == 0
     assert capsys.readouterr().out.endswith(said[said.index("5 images, 10 pairs\n"):])
