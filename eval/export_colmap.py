@@ -287,8 +287,8 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
                              + "".join(f"; {name}: {why}" for name, why in list(job.failed.items())[:1]))
         job.add_pairs(choose_pairs(images, database, matcher.extractor.dim, sequential, nearest))
         n_images, n_pairs = database.counts()
-        print(f"{n_images} images, {n_pairs} pairs, {database.db.num_verified_image_pairs()} of them verified: "
-              f"{out / 'database.db'}")
+        print(f"{n_images} images, {n_pairs} pairs with matches, {database.db.num_verified_image_pairs()} of them "
+              f"verified: {out / 'database.db'}")
     # the last rows are beside the file as long as another program, COLMAP's window say, has it open
     with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
         if connection.execute("pragma wal_checkpoint(truncate)").fetchone()[0]:
