@@ -39,9 +39,11 @@ def test_a_warm_start_is_that_of_the_feature_type():
     for name, feature in FEATURE_TYPES.items():
         matcher = build({**DEFAULTS, "feature": name, "layers": 1, "init": "warm"})
         gain = matcher.final_proj[0].weight[0, 0].item()
-        assert gain ** 2 / feature.dim ** 0.5 == pytest.approx(feature.logit_scale, rel=1e-5)
-        starts[name] = feature.logit_scale, matcher.bin_score.item()
-    assert starts["sift"] == (39, 30) and starts["aliked"] == (22, 6)
+        plain = build({**DEFAULTS, "feature": name, "layers": 1, "init": "published"})
+        ends = [matcher.kenc.encoder[-1].weight, plain.kenc.encoder[-1].weight]
+        starts[name] = (gain ** 2 / feature.dim ** 0.5, matcher.bin_score.item(), (ends[0] / ends[1]).mean().item())
+        assert starts[name] == pytest.approx(feature.warm_start, rel=1e-5)
+    assert starts["sift"] == pytest.approx((39, 30, 0.02)) and starts["aliked"] == pytest.approx((22, 6, 0))
 
 
 def test_starts_are_compared(tmp_path, capsys):
@@ -62,9 +64,7 @@ def test_starts_are_compared(tmp_path, capsys):
     batch = collate([samples[k] for k in range(4)])
     batch |= {f"descriptors{v}": batch[f"descriptors{v}"].float() for v in "01"}
     matcher = build({**DEFAULTS, "feature": "aliked", "layers": 1})
-    warm_start(matcher, *rows[0][:2])
-    for end in branch_ends(matcher):  # what they add to the descriptors is of no use yet
-        torch.nn.init.zeros_(end.weight)
+    warm_start(matcher, *rows[0][:2], residual=0)
     with torch.no_grad():
         assert matcher(batch)["loss"].item() == pytest.approx(rows[0][2], abs=0.01)
 

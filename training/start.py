@@ -18,7 +18,6 @@ from training.config import load_train_config
 from training.data import collate
 from training.sources import training_samples
 
-RESIDUAL = 0.02
 SCALES = (15, 18, 20, 22, 25, 30, 39, 50)
 BINS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)  # similarities
 
@@ -40,11 +39,12 @@ def published_start(matcher) -> None:
 
 
 @torch.no_grad()
-def warm_start(matcher, logit_scale: float = 39.0, bin_score: float = 30.0) -> None:
+def warm_start(matcher, logit_scale: float = 39.0, bin_score: float = 30.0, residual: float = 0.02) -> None:
     """Make an untrained matcher a nearest-neighbour matcher, in place.
 
     logit_scale: score of two equal unit descriptors, of which others have their similarity's share; bin_score: of the
-    dustbins.
+    dustbins; residual: share that is kept of the last layers of the residual branches and of the keypoint encoder. What
+    these add is noise at first, which grows from iteration to iteration.
     """
     dim = matcher.final_proj[0].weight.shape[0]
     gain = (logit_scale * dim ** 0.5) ** 0.5
@@ -52,8 +52,8 @@ def warm_start(matcher, logit_scale: float = 39.0, bin_score: float = 30.0) -> N
         proj.weight.copy_(gain * torch.eye(dim))
         proj.bias.zero_()
     for end in branch_ends(matcher):
-        end.weight.mul_(RESIDUAL)
-        end.bias.mul_(RESIDUAL)
+        end.weight.mul_(residual)
+        end.bias.mul_(residual)
     matcher.bin_score.fill_(bin_score)
 
 
@@ -98,8 +98,8 @@ def main(argv=None) -> int:
     for name, values in zip(("true matches", "nearest of an unmatched keypoint"), similarities(batch)):
         low, median, high = values.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
         print(f"similarity, {name}: median {median:.2f}, 80% in {low:.2f} to {high:.2f}")
-    own = FEATURE_TYPES[config["feature"]]
-    print(f"logit_scale  bin_score   loss  precision  recall   (now: {own.logit_scale:g}, {own.bin_score:g})")
+    scale, bin_score, _ = FEATURE_TYPES[config["feature"]].warm_start
+    print(f"logit_scale  bin_score   loss  precision  recall   (now: {scale:g}, {bin_score:g})")
     for scale, bin_score, loss, precision, recall in sorted(starts(batch, config["sinkhorn_iterations"]),
                                                             key=lambda start: start[2])[:10]:
         print(f"{scale:11g}  {bin_score:9.2f}  {loss:5.2f}  {precision:9.3f}  {recall:6.3f}")

@@ -60,7 +60,7 @@ def build(config: dict):
     if config["weight_path"]:
         load_weights(matcher, load_checkpoint(config["weight_path"])["model"], config["weight_path"])
     elif config["init"] == "warm":
-        warm_start(matcher, FEATURE_TYPES[config["feature"]].logit_scale, FEATURE_TYPES[config["feature"]].bin_score)
+        warm_start(matcher, *FEATURE_TYPES[config["feature"]].warm_start)
     else:
         published_start(matcher)
     return matcher
