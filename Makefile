@@ -48,7 +48,7 @@ demo: .venv/installed
 	$(PY) -m eval.match_images assets/overview_pair.txt --image_dir $(DEMO)/test_scenes/scannet --save_path $(DEMO)/matches
 
 weights: .venv/installed
-	$(PY) -m training.weights --photos "$(PHOTOS)" --kitchen "$(KITCHEN)" $(if $(SCANNET),--scannet "$(SCANNET)") --minutes $(MINUTES) --eval_pairs $(EVAL_PAIRS) $(TRAIN)
+	$(PY) -m training.weights $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(KITCHEN),--kitchen "$(KITCHEN)") $(if $(SCANNET),--scannet "$(SCANNET)") --minutes $(MINUTES) --eval_pairs $(EVAL_PAIRS) $(TRAIN)
 
 clean-demo:
 	rm -rf $(DEMO)
