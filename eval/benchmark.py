@@ -293,13 +293,17 @@ def benchmark_memory(args, device: torch.device) -> dict:
     rows = []
     for n in args.keypoints:
         for batch in args.batch:
+            with FakeTensorMode(), Cost() as assignments:
+                _assignments_step(two_views(n, args.dim, batch, device), args.layers)
             for kind in ("imp", "eimp"):
                 for precision in args.precision:
                     with FakeTensorMode():
                         net = build_matcher(kind, descriptor_dim=args.dim, n_layers=args.layers).train()
                         data = two_views(n, args.dim, batch, device, supervised=True)
                         cost = step_cost(net, data, precision)
-                    rows.append({"network": kind, "keypoints": n, "batch": batch, "precision": precision, **cost})
+                    share = assignments.kernels / (cost["kernels forward"] + cost["backward"])
+                    rows.append({"network": kind, "keypoints": n, "batch": batch, "precision": precision, **cost,
+                                 "assignments' share of kernels": share})
     print(f"a training step, D {args.dim}, {args.layers} iterations, estimated on fake tensors, not measured; what "
           "CUDA, its libraries and its allocator take for themselves comes on top")
     print_table(rows)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import benchmark
 from eval.straightforward import Straightforward
 from nets import build_matcher
+from nets.layers import Attention
 from tools.cli import run
 from tools.files import read_json
 
@@ -60,8 +61,10 @@ def test_cost_of_operations_by_hand():
 
 
 @pytest.mark.parametrize("kind, precision", [("imp", "float32"), ("eimp", "bfloat16")])
-def test_a_step_costs_on_fake_tensors_what_it_costs_on_real_ones(kind, precision):
+def test_a_step_costs_on_fake_tensors_what_it_costs_on_real_ones(kind, precision, monkeypatch):
     costs = []
+    if kind == "imp":
+        monkeypatch.setattr(Attention, "_matrix", None)  # a GPU stores none
     for mode in (contextlib.nullcontext, FakeTensorMode):
         with mode():
             net = build_matcher(kind, descriptor_dim=32, n_layers=5, n_min_tokens=16).train()
@@ -71,6 +74,16 @@ def test_a_step_costs_on_fake_tensors_what_it_costs_on_real_ones(kind, precision
     before, kept, peak = (costs[0][f"{name} GiB"] for name in names)
     assert before * 2 ** 30 > 3 * sum(parameter.nbytes for parameter in net.parameters())
     assert peak >= before + kept > before
+
+
+@pytest.mark.parametrize("with_sinkhorn", [True, False])
+def test_padding_keeps_no_matrix_for_the_gradient(with_sinkhorn):
+    kept = []
+    for masks in ({}, {f"mask{v}": torch.arange(300).expand(2, 300) < 290 for v in "01"}):
+        net = build_matcher("imp", descriptor_dim=16, n_layers=2, with_sinkhorn=with_sinkhorn).train()
+        data = benchmark.two_views(300, 16, 2, "cpu", supervised=True) | masks
+        kept.append(benchmark.step_cost(net, data, "float32")["kept for the gradient GiB"] * 2 ** 30)
+    assert kept[1] - kept[0] < 301 ** 2  # bytes; two samples' assignment has eight times as many
 
 
 TINY = {
