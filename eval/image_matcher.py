@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
+import torch
 
 from eval.image_matches import VERSION, ImageMatches, LoadedImage
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseEstimator, PoseSetting, to_data
@@ -19,6 +20,7 @@ from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import read_image
 from tools.geometry import is_camera_matrix, make_pose, relative_pose, resize_keypoints, turn_keypoints, turn_pose
 from tools.pose import translation_is_determined
+from tools.precision import check_precision, has_bfloat16
 from tools.two_view import estimate_fundamental, homography_explains
 from tools.visualize import VIEW_SIDE, shrink
 
@@ -66,6 +68,15 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     raise InputError(f"{reasons[-len(methods)]}; --matching_method NN_ratio needs none")
 
 
+def choose_precision(precision: str | None, matching_method: str, device: torch.device) -> str:
+    """The precision that a method computes in: as asked for; None: bfloat16 on a CPU that has it (docs/speed.md)."""
+    if not MATCHERS[matching_method].takes_weights:
+        return "float32"
+    if precision is None:
+        return "bfloat16" if device.type == "cpu" and has_bfloat16(device) else "float32"
+    return check_precision(precision, device)
+
+
 class ImageMatcher:
     """Matches images with one method, loaded once.
 
@@ -73,23 +84,28 @@ class ImageMatcher:
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
     tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
-    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features.
+    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features. precision: of the
+    matching network's layers, one of tools.precision.PRECISIONS; None: bfloat16 on a CPU that has it, else float32.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
-                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None):
-        device = str(choose_device(device))
+                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None,
+                 precision: str | None = None):
+        device = choose_device(device)
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
-        self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
+        precision = choose_precision(precision, method, device)
+        device = str(device)
+        self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device,
+                                                        precision=precision))
         self.extractor = build_extractor(feature_type, feature_weights, device=device, **extractor)
         self.resize, self.one_shot, self.device = resize, one_shot, device
         self.pose_setting = PoseSetting(estimator, threshold, seed)
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
                          "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
-                         "threshold": threshold, "one_shot": one_shot, "seed": seed}
+                         "threshold": threshold, "one_shot": one_shot, "seed": seed, "precision": precision}
         if feature_weights is not None:
             self.settings["feature_weights"] = str(feature_weights)
 

@@ -3,6 +3,9 @@
 Everything works on (B, N, C) tensors, keypoints before channels. The two views of a pair lie one after the other in
 one tensor, (B, N0 + N1, C), so that what looks at each keypoint alone is one matrix product for both.
 """
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from nets.layout import N_HEADS
 
 NORM_EPS = 1e-3
+BLOCK_ROWS = 512  # of an attention matrix, so that a block of it stays in the cache
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "lrelu": lambda: nn.LeakyReLU(0.1)}
 
 
@@ -155,13 +159,59 @@ class KeypointEncoder(nn.Module):
         return self.encoder(torch.cat([norm_keypoints, scores.unsqueeze(-1)], dim=-1), views)
 
 
+def narrow(x: Tensor) -> Tensor:
+    """x in the precision that linear layers compute in: cast once, where autocast would cast it for each of them."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _goes_by_blocks(x: Tensor) -> bool:
+    """Whether attention is taken block by block, as products in bfloat16 with a softmax between.
+
+    On a CPU this is twice as fast as fused attention, which is no faster in bfloat16 than in float32. It is written
+    for matching alone: gradients come from fused attention.
+    """
+    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
+
+
+def _blocks(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[tuple, Tensor]]:
+    """Yield the attention matrix block by block: (b, head, queries), (n, M); each takes the memory of the one before.
+
+    queries (B, heads, N, d), keys (B, heads, M, d), mask (B, 1, 1, M) bool or None: as `attend` takes them.
+    """
+    n, dim = queries.shape[2:]
+    memory = queries.new_empty(min(BLOCK_ROWS, n), keys.shape[2])
+    bias = queries.new_zeros(len(queries), keys.shape[2])
+    if mask is not None:
+        bias.masked_fill_(~mask[:, 0, 0], -torch.inf)
+    for b, head, start in itertools.product(*map(range, queries.shape[:2]), range(0, n, BLOCK_ROWS)):
+        place = b, head, slice(start, start + BLOCK_ROWS)
+        rows = queries[place]
+        block = torch.addmm(bias[b], rows, keys[b, head].T, alpha=dim ** -0.5, out=memory[:len(rows)])
+        yield place, torch.softmax(block, dim=-1, out=block)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of queries (B, heads, N, d) and keys, values (B, heads, M, d): (B, heads, N, d).
+
+    mask (B, 1, 1, M) bool or None: which of the M take part.
+    """
+    if not _goes_by_blocks(queries):
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    messages = torch.empty_like(queries)
+    for (b, head, rows), block in _blocks(queries, keys, mask):
+        messages[b, head, rows] = block @ values[b, head]
+    return messages
+
+
 class Attention:
     """softmax(Q K^T / sqrt(d)) of one direction, by which this layer and later ones pass values of their own.
 
     queries (B, heads, N, d); keys (B, heads, M, d); keep (B, M) bool or None: which keypoints are keys (None: all).
     Where a sample has none, its messages are zero. is_shared: whether it is used more than once: the matrix is then
-    stored, on a CPU, in single precision and up to MAX_STORED entries; elsewhere it is faster to compute it again.
-    memory: the stored matrix of an earlier layer, not needed any more.
+    stored, on a CPU and up to MAX_STORED entries; elsewhere it is faster to compute it again. memory: the stored matrix
+    of an earlier layer, not needed any more.
     """
 
     MAX_STORED = 2 ** 22
@@ -175,15 +225,14 @@ class Attention:
             # a row of a softmax needs an entry: where there is no key, all are let in
             self.mask = keep[:, None, None, :] | ~self.any_key
         self.stored = None
-        if (is_shared and queries.device.type == "cpu" and queries.element_size() >= 4
-                and not torch.compiler.is_compiling()
+        if (is_shared and queries.device.type == "cpu" and not torch.compiler.is_compiling()
+                and (queries.element_size() >= 4 or _goes_by_blocks(queries))
                 and queries.shape[:3].numel() * keys.shape[2] <= self.MAX_STORED):
-            self.stored = self._matrix(memory)
+            self.stored = self._matrix(queries.dtype, memory)
 
-    def _matrix(self, memory: Tensor | None = None) -> Tensor:
-        """(B, heads, N, M), in float32 or wider; in `memory` if it fits: new memory costs as much as a softmax."""
+    def _matrix(self, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        """(B, heads, N, M); in `memory` if it fits: new memory costs as much as a softmax."""
         with torch.autocast(self.queries.device.type, enabled=False):
-            dtype = torch.promote_types(self.queries.dtype, torch.float32)
             queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
             keys = self.keys.to(dtype).transpose(2, 3)
             if (memory is not None and not torch.is_grad_enabled() and memory.dtype == dtype
@@ -200,7 +249,7 @@ class Attention:
         if self.keys.shape[2] == 0:
             return torch.zeros_like(self.queries)
         if self.stored is None:
-            messages = F.scaled_dot_product_attention(self.queries, self.keys, values, attn_mask=self.mask)
+            messages = attend(self.queries, self.keys, values, self.mask)
         else:
             messages = self.stored.to(values.dtype) @ values
         return messages if self.any_key is None else messages * self.any_key
@@ -208,9 +257,16 @@ class Attention:
     def received_mass(self, query_mask: Tensor | None) -> Tensor:
         """Attention each keypoint receives, summed over heads and real queries (query_mask (B, N)): (B, M), sum 1."""
         with torch.no_grad(), torch.autocast(self.queries.device.type, enabled=False):
-            matrix = self._matrix() if self.stored is None else self.stored
-            weights = matrix.new_ones(1) if query_mask is None else query_mask[:, None, None, :].to(matrix.dtype)
-            mass = (weights.expand(*matrix.shape[:2], 1, matrix.shape[2]) @ matrix).sum(dim=(1, 2))
+            wide = torch.promote_types(self.queries.dtype, torch.float32)
+            weights = self.queries.new_ones(1) if query_mask is None else query_mask[:, None, None, :]
+            weights = weights.to(wide).expand(*self.queries.shape[:2], 1, self.queries.shape[2])
+            if self.stored is None and _goes_by_blocks(self.queries):
+                mass = weights.new_zeros(len(self.keys), self.keys.shape[2])
+                for (b, head, rows), block in _blocks(self.queries, self.keys, self.mask):
+                    mass[b] += weights[b, head, 0, rows] @ block.to(wide)
+            else:
+                matrix = self._matrix(wide) if self.stored is None else self.stored.to(wide)
+                mass = (weights @ matrix).sum(dim=(1, 2))
             return mass / mass.sum(dim=-1, keepdim=True)
 
     def select(self, queries: Tensor, keys: Tensor) -> "Attention":
@@ -243,8 +299,9 @@ class AttentionLayer(nn.Module):
         """
         def project(layer: nn.Linear) -> tuple[Tensor, ...]:
             """(B, heads, N_v, d) of each view."""
-            return views.split(layer(x).unflatten(2, (N_HEADS, -1)).transpose(1, 2), dim=2)
+            return views.split(layer(narrowed).unflatten(2, (N_HEADS, -1)).transpose(1, 2), dim=2)
 
+        narrowed = narrow(x)
         sources = (1, 0) if cross else (0, 1)
         if self.shares:
             values, merge = project(self.proj), self.merge
@@ -256,4 +313,4 @@ class AttentionLayer(nn.Module):
                               for v, source in enumerate(sources))
         message = torch.cat([attention[v].messages(values[source]) for v, source in enumerate(sources)], dim=2)
         message = merge(message.transpose(1, 2).flatten(2))
-        return x + self.mlp(torch.cat([x, message], dim=-1), views), attention
+        return x + self.mlp(torch.cat([narrowed, message], dim=-1), views), attention

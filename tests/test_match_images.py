@@ -442,7 +442,9 @@ def test_the_table_and_the_page_of_a_folder(scene, tmp_path, capsys):
 def test_results_of_the_first_version_name_their_model(tmp_path):
     settings = {"matching_method": "IMP", "feature_type": "sift", "weights": "w.pth", "version": 1}
     np.savez(tmp_path / "a_b.npz", version=1, settings=json.dumps(settings))
-    assert match_images.model_used_before(tmp_path) == ("IMP", "sift", "w.pth")
+    assert match_images.settings_used_before(tmp_path, None) == settings
+    assert match_images.settings_used_before(tmp_path, "IMP") == settings
+    assert match_images.settings_used_before(tmp_path, "EIMP") == {}
     assert match_images.read_complete(tmp_path / "a_b", settings, []) is None
 
 
@@ -615,7 +617,7 @@ def test_lightglue_stands_between_published_weights_and_ours(scene, tmp_path, mo
     # a folder is resumed with what it was begun with
     images = [scene / "images" / name for name in NAMES]
     words = "--save_path", tmp_path / "out", "--max_keypoints", 50, "--focal", 300
-    assert command(*images[:2], *words) == 0
+    assert command(*images[:2], *words, "--precision", "float32") == 0
     monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: True)
     capsys.readouterr()
     assert command(*images, *words) == 0
