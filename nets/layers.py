@@ -57,6 +57,12 @@ class Views:
                           for n, mask in zip(self.sizes, self.masks)], dim=1)
 
 
+def narrow(x: Tensor) -> Tensor:
+    """x in the precision that linear layers compute in: cast once, where autocast would cast it for each of them."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class _Standardize(torch.autograd.Function):
     """Each channel of a view to mean 0 and variance 1 over its real keypoints; padding becomes 0.
 
@@ -89,6 +95,16 @@ class _Standardize(torch.autograd.Function):
 
 class InstanceNorm(nn.Module):
     """Each channel of each view to mean 0 and variance 1 over its real keypoints; no parameters."""
+
+    def center(self, x: Tensor, views: Views) -> Tensor:
+        """x (B, N, C) less its mean over the real keypoints of each view, narrowed: what to give to a linear layer in
+        front of the norm. The norm takes off the mean anyway, but bfloat16 would round with respect to it, and trained
+        networks have means of up to 26 standard deviations there."""
+        wide = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [part.to(wide.dtype) for part in views.split(x)]
+            x = torch.cat([part - weights @ part for part, weights in zip(parts, views.mean_weights(wide))], dim=1)
+        return narrow(x)
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N, C) -> (B, N, C); means and variances are taken in float32 or wider."""
@@ -137,8 +153,10 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N0 + N1, C_in) -> (B, N0 + N1, C_out)."""
-        for module in self:
-            if isinstance(module, InstanceNorm):
+        for module, following in itertools.pairwise([*self, None]):
+            if isinstance(following, InstanceNorm) and torch.is_autocast_enabled(x.device.type):
+                x = module(following.center(x, views))
+            elif isinstance(module, InstanceNorm):
                 x = module(x, views)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 x = _batch_norm(module, x, views, self.together)
@@ -159,12 +177,6 @@ class KeypointEncoder(nn.Module):
         return self.encoder(torch.cat([norm_keypoints, scores.unsqueeze(-1)], dim=-1), views)
 
 
-def narrow(x: Tensor) -> Tensor:
-    """x in the precision that linear layers compute in: cast once, where autocast would cast it for each of them."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
 def _goes_by_blocks(x: Tensor) -> bool:
     """Whether attention is taken block by block, as products in bfloat16 with a softmax between.
 
@@ -175,20 +187,25 @@ def _goes_by_blocks(x: Tensor) -> bool:
             and not torch.compiler.is_compiling())
 
 
-def _blocks(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[tuple, Tensor]]:
-    """Yield the attention matrix block by block: (b, head, queries), (n, M); each takes the memory of the one before.
+def _blocks(queries: Tensor, keys: Tensor, mask: Tensor | None, matrix: Tensor | None = None
+            ) -> Iterator[tuple[tuple, Tensor]]:
+    """Yield the attention matrix block by block: (b, head, queries), (n, M).
 
-    queries (B, heads, N, d), keys (B, heads, M, d), mask (B, 1, 1, M) bool or None: as `attend` takes them.
+    queries (B, heads, N, d), keys (B, heads, M, d), mask (B, 1, 1, M) bool or None: as `attend` takes them. matrix
+    (B, heads, N, M): the memory of the blocks; without, each takes that of the one before.
     """
     n, dim = queries.shape[2:]
     memory = queries.new_empty(min(BLOCK_ROWS, n), keys.shape[2])
-    bias = queries.new_zeros(len(queries), keys.shape[2])
-    if mask is not None:
-        bias.masked_fill_(~mask[:, 0, 0], -torch.inf)
+    bias = None if mask is None else queries.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     for b, head, start in itertools.product(*map(range, queries.shape[:2]), range(0, n, BLOCK_ROWS)):
         place = b, head, slice(start, start + BLOCK_ROWS)
-        rows = queries[place]
-        block = torch.addmm(bias[b], rows, keys[b, head].T, alpha=dim ** -0.5, out=memory[:len(rows)])
+        rows, columns = queries[place], keys[b, head].T
+        block = memory[:len(rows)] if matrix is None else matrix[place]
+        torch.matmul(rows, columns, out=block)
+        # of a logit of 100, bfloat16 keeps no more than halves: it is taken again, less the greatest of its row
+        torch.addmm(block.amax(dim=1, keepdim=True), rows, columns, beta=-dim ** -0.5, alpha=dim ** -0.5, out=block)
+        if mask is not None:
+            block += bias[b, 0]
         yield place, torch.softmax(block, dim=-1, out=block)
 
 
@@ -232,14 +249,17 @@ class Attention:
 
     def _matrix(self, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
         """(B, heads, N, M); in `memory` if it fits: new memory costs as much as a softmax."""
+        shape = *self.queries.shape[:3], self.keys.shape[2]
+        if torch.is_grad_enabled() or (memory is not None and (memory.dtype, memory.shape) != (dtype, shape)):
+            memory = None
         with torch.autocast(self.queries.device.type, enabled=False):
+            if dtype == torch.bfloat16:
+                memory = self.queries.new_empty(shape) if memory is None else memory
+                for _ in _blocks(self.queries, self.keys, self.mask, memory):
+                    pass
+                return memory
             queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
-            keys = self.keys.to(dtype).transpose(2, 3)
-            if (memory is not None and not torch.is_grad_enabled() and memory.dtype == dtype
-                    and memory.shape == (*queries.shape[:3], keys.shape[3])):
-                logits = torch.matmul(queries, keys, out=memory)
-            else:
-                logits = queries @ keys
+            logits = torch.matmul(queries, self.keys.to(dtype).transpose(2, 3), out=memory)
             if self.mask is not None:
                 logits.masked_fill_(~self.mask, -torch.inf)
             return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
