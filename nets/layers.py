@@ -14,6 +14,8 @@ from nets.layout import N_HEADS
 
 NORM_EPS = 1e-3
 BLOCK_ROWS = 512  # of an attention matrix, so that a block of it stays in the cache
+# before a softmax, in bfloat16, which rounds 4 to 0.02 and 200 to 1: greater ones are taken again, less their greatest
+MOST_LOGIT = 4
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "lrelu": lambda: nn.LeakyReLU(0.1)}
 
 
@@ -194,18 +196,19 @@ def _blocks(queries: Tensor, keys: Tensor, mask: Tensor | None, matrix: Tensor |
     queries (B, heads, N, d), keys (B, heads, M, d), mask (B, 1, 1, M) bool or None: as `attend` takes them. matrix
     (B, heads, N, M): the memory of the blocks; without, each takes that of the one before.
     """
-    n, dim = queries.shape[2:]
-    memory = queries.new_empty(min(BLOCK_ROWS, n), keys.shape[2])
-    bias = None if mask is None else queries.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    for b, head, start in itertools.product(*map(range, queries.shape[:2]), range(0, n, BLOCK_ROWS)):
+    (n, dim), m = queries.shape[2:], keys.shape[2]
+    memory = queries.new_empty(min(BLOCK_ROWS, n), m)
+    bias = queries.new_zeros(len(queries), m)
+    if mask is not None:
+        bias.masked_fill_(~mask[:, 0, 0], -torch.inf)
+    for b, head, start in itertools.product(*map(range, queries.shape[:2]), range(0, n if m else 0, BLOCK_ROWS)):
         place = b, head, slice(start, start + BLOCK_ROWS)
         rows, columns = queries[place], keys[b, head].T
         block = memory[:len(rows)] if matrix is None else matrix[place]
-        torch.matmul(rows, columns, out=block)
-        # of a logit of 100, bfloat16 keeps no more than halves: it is taken again, less the greatest of its row
-        torch.addmm(block.amax(dim=1, keepdim=True), rows, columns, beta=-dim ** -0.5, alpha=dim ** -0.5, out=block)
-        if mask is not None:
-            block += bias[b, 0]
+        torch.addmm(bias[b], rows, columns, alpha=dim ** -0.5, out=block)
+        greatest = block.amax(dim=1, keepdim=True)
+        if greatest.max() > MOST_LOGIT:
+            torch.addmm(greatest, rows, columns, beta=-1, alpha=dim ** -0.5, out=block).add_(bias[b])
         yield place, torch.softmax(block, dim=-1, out=block)
 
 

@@ -86,11 +86,14 @@ def random_attention(n, m, masked, batch=2, heads=4, dim=16):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize("n, m", [(32, 40), (50, 7), (0, 5), (1, 1)])
-def test_attention_by_blocks(monkeypatch, n, m, masked):
+def test_attention_by_blocks(monkeypatch, n, m, scale, masked):
+    """Also of logits so large that bfloat16 would round them to whole numbers."""
     monkeypatch.setattr(layers, "BLOCK_ROWS", 16)
     monkeypatch.setattr(Attention, "MAX_STORED", -1)
     queries, keys, values, keep = random_attention(n, m, masked)
+    queries = scale * queries
     mask = None if keep is None else keep[:, None, None, :]
     logits = queries.double() @ keys.double().transpose(2, 3) / 4
     matrix = (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)
@@ -108,6 +111,32 @@ def test_gradients_are_those_of_fused_attention():
     queries, keys, values, _ = random_attention(20, 30, False)
     (attend(queries.requires_grad_(), keys, values).float() ** 2).sum().backward()
     assert queries.grad.isfinite().all() and queries.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_that_instance_norm_takes_off_is_not_rounded_with(masked):
+    rng = torch.Generator().manual_seed(0)
+    mlp = layers.MLP([8, 16, 8], "in", "relu")
+    x = torch.randn(2, 30, 8, generator=rng) + 30 * torch.randn(8, generator=rng)
+    masks = (torch.rand(2, 20, generator=rng) > 0.3, None) if masked else (None, None)
+    views = layers.Views((20, 10), masks)
+    with torch.no_grad():
+        expected = mlp(x, views)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = mlp(x, views).float()
+    real = slice(None) if not masked else views.joint_mask(x)
+    torch.testing.assert_close(found[real], expected[real], rtol=0.02, atol=0.02)
+
+
+def test_a_view_without_keypoints_in_bfloat16():
+    network = build_matcher("eimp", descriptor_dim=32, n_layers=6).eval()
+    set_precision(network.gnn.layers, "bfloat16")
+    data = {}
+    for v, n in (("0", 5), ("1", 0)):
+        data |= {f"descriptors{v}": torch.rand(1, n, 32), f"norm_keypoints{v}": torch.rand(1, n, 2),
+                 f"scores{v}": torch.rand(1, n)}
+    with torch.no_grad():
+        assert network(data)["matches0"].tolist() == [[-1] * 5]
 
 
 @pytest.mark.parametrize("most", [-1, 2 ** 22])
