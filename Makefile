@@ -1,6 +1,7 @@
 # make test       install what is missing into .venv, then run the tests
 # make test-long  the tests, then 10,000 damaged files: before a release
 # make demo       the whole way on scenes made here: images -> features and matches -> training -> evaluation
+# make weights    data, training and evaluation of IMP and EIMP for ALIKED; PHOTOS, KITCHEN, ...: see docs/training.md
 # make lint       ruff
 # make fuzz       damaged files of every kind that is read; --inputs, --seed: see tests/fuzz.py
 
@@ -8,7 +9,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := runs/demo
 
-.PHONY: test test-long demo lint fuzz clean-demo
+MINUTES ?= 600
+EVAL_PAIRS ?= 200
+
+.PHONY: test test-long demo weights lint fuzz clean-demo
 
 # the cores share the tests, a file each at a time
 test: .venv/installed
@@ -42,6 +46,9 @@ demo: .venv/installed
 	for dataset in yfcc scannet; do $(PY) -m eval.eval_imp --matching_method NN_ratio IMP --dataset $$dataset --feature_type sift --config configs/demo_$${dataset}_sift.yaml --weights $(DEMO)/imp/latest.pth --save_path $(DEMO)/eval_$$dataset || exit; done
 	$(PY) -m eval.eval_imp --matching_method LightGlue LightGlue_adaptive --use_iterative --estimator poselib --dataset scannet --pairs $(DEMO)/test_scenes/scannet/pairs.txt --image_dir $(DEMO)/test_scenes/scannet --max_keypoints 1000 --limit 20 --save_path $(DEMO)/eval_lightglue
 	$(PY) -m eval.match_images assets/overview_pair.txt --image_dir $(DEMO)/test_scenes/scannet --save_path $(DEMO)/matches
+
+weights: .venv/installed
+	$(PY) -m training.weights $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(KITCHEN),--kitchen "$(KITCHEN)") $(if $(SCANNET),--scannet "$(SCANNET)") --minutes $(MINUTES) --eval_pairs $(EVAL_PAIRS) $(TRAIN)
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -2,6 +2,7 @@
 
     python3 -m eval.benchmark match     # one pair, one-shot: IMP, EIMP, eval.straightforward, and what operations allow
     python3 -m eval.benchmark train     # a training step, and Sinkhorn's share of it
+    python3 -m eval.benchmark memory    # what a training step would take of a GPU, without one: an estimate
 
 Times are medians of rounds, each of which runs everything once, so that what else the machine does hits all alike:
 compare within a run.
@@ -10,17 +11,23 @@ import argparse
 import multiprocessing
 import sys
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eval.peers import LightGlue, lightglue_is_installed
 from eval.straightforward import Straightforward
 from eval.summary import align
 from nets import build_matcher
 from nets.assignment import assign
+from nets.layers import Attention
 from nets.matchers import POOL_THRESHOLD, is_second
 from tools.cli import InputError, run
 from tools.distributed import choose_device
@@ -239,23 +246,105 @@ def benchmark_train(args, device: torch.device) -> dict:
     return {"step": rows}
 
 
-BENCHMARKS = {"match": benchmark_match, "train": benchmark_train}
+# memory
+
+class Cost(TorchDispatchMode):
+    """What the operations in the block would take of a GPU.
+
+    kernels: how many of them compute something, where each would be one launch, or more; traffic: bytes that these read
+    and write; held: bytes of tensors there are, as far as the block has seen them; peak: the most there were, without
+    what an operation needs inside.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.traffic = self.held = self.peak = 0
+        self._storages = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = (list(filter(torch.is_tensor, tree_leaves(values))) for values in ((args, kwargs), result))
+        for tensor in inputs + outputs:
+            self._hold(tensor.untyped_storage())
+        old = {id(tensor.untyped_storage()) for tensor in inputs}
+        made = any(id(tensor.untyped_storage()) not in old for tensor in outputs)
+        if func._schema.is_mutable or (made and "empty" not in func.overloadpacket.__name__):
+            self.kernels += 1
+            self.traffic += sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in inputs + outputs)
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._storages:
+            self._storages.add(id(storage))
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._release, id(storage), storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._storages.remove(key)
+        self.held -= size
+
+
+def step_cost(net, data: dict, precision: str) -> dict:
+    """What a training step with Adam takes, its moments being there; net and data on fake tensors or real ones."""
+    device = net.bin_score.device
+    # attention matrices are stored on a CPU alone
+    with mock.patch.object(Attention, "MAX_STORED", 0), Cost() as cost:
+        optimizer = torch.optim.Adam(net.parameters(), fused=True)
+        _step(partial(_loss, net, data, precision, device), optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        before, cost.peak, cost.kernels, cost.traffic = cost.held, cost.held, 0, 0
+        loss = _loss(net, data, precision, device)
+        forward, kept = cost.kernels, cost.held - before
+        loss.backward()
+        row = {"kernels forward": forward, "backward": cost.kernels - forward, "traffic GB": cost.traffic / 1e9}
+        optimizer.step()
+    return {**row, "weights, moments, input GiB": before / 2 ** 30, "kept for the gradient GiB": kept / 2 ** 30,
+            "peak GiB": cost.peak / 2 ** 30}
+
+
+def benchmark_memory(args, device: torch.device) -> dict:
+    rows = []
+    for n in args.keypoints:
+        for batch in args.batch:
+            with FakeTensorMode(), Cost() as assignments:
+                _assignments_step(two_views(n, args.dim, batch, device), args.layers)
+            for kind in ("imp", "eimp"):
+                for precision in args.precision:
+                    with FakeTensorMode():
+                        net = build_matcher(kind, descriptor_dim=args.dim, n_layers=args.layers).train()
+                        data = two_views(n, args.dim, batch, device, supervised=True)
+                        cost = step_cost(net, data, precision)
+                    share = assignments.kernels / (cost["kernels forward"] + cost["backward"])
+                    rows.append({"network": kind, "keypoints": n, "batch": batch, "precision": precision, **cost,
+                                 "assignments' share of kernels": share})
+    print(f"a training step, D {args.dim}, {args.layers} iterations, estimated on fake tensors, not measured; what "
+          "CUDA, its libraries and its allocator take for themselves comes on top")
+    print_table(rows)
+    return {"step": rows}
+
+
+BENCHMARKS = {"match": benchmark_match, "train": benchmark_train, "memory": benchmark_memory}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="part", required=True)
-    for name, keypoints, batch in (("match", [512, 1024, 2048], 1), ("train", [512], 2)):
+    for name, keypoints, batch in (("match", [512, 1024, 2048], 1), ("train", [512], 2), ("memory", [1024], 8)):
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
         command.add_argument("--json", metavar="FILE", help="also write the numbers there")
         command.add_argument("--keypoints", type=int, nargs="+", default=keypoints, help="of a view")
-        command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--dim", type=int, default=256, help="of descriptors")
         command.add_argument("--layers", type=int, default=15, help="iterations of the networks")
-        command.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"])
         command.add_argument("--batch", type=int, nargs="+", default=[batch])
+        command.add_argument("--precision", nargs="+", choices=list(PRECISIONS),
+                             default=["float32", "bfloat16"] if name == "memory" else ["float32"])
+        if name == "memory":
+            command.set_defaults(device="cpu")
+            continue
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+        command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--compile", action="store_true", help="torch.compile; on a GPU match takes graphs")
     return parser.parse_args(argv)
 
@@ -266,6 +355,7 @@ def main(argv=None) -> int:
     if args.part == "train" and len(args.batch) > 1:
         raise InputError("--batch: train takes one number")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = "fake tensors" if args.part == "memory" else where
     print(f"torch {torch.__version__}, {where}")
     numbers = BENCHMARKS[args.part](args, device)
     if args.json:

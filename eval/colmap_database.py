@@ -130,7 +130,8 @@ class Database:
 def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, seed: int):
     """The pycolmap.TwoViewGeometry of a matched pair, or None if it has too few inliers.
 
-    From our pose where both cameras are known; else as COLMAP verifies matches.
+    From our pose where both cameras are known, with a translation of 0 where its direction is not known well enough.
+    Else as COLMAP verifies matches.
     """
     colmap = import_pycolmap()
     K0, K1 = known_K(camera0), known_K(camera1)
@@ -146,12 +147,12 @@ def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, s
     K0, K1 = opencv_to_colmap_K(K0), opencv_to_colmap_K(K1)
     kinds = colmap.TwoViewGeometryConfiguration
     geometry = colmap.TwoViewGeometry(inlier_matches=found.matches[found.inliers].astype(np.uint32))
-    if found.translation_determined:
-        geometry.config, t = kinds.CALIBRATED, found.t
-        geometry.E = essential_matrix(make_pose(found.R, t))
-        geometry.F = np.linalg.inv(K1).T @ geometry.E @ np.linalg.inv(K0)
+    E = essential_matrix(make_pose(found.R, found.t))
+    if not found.translation_determined:
+        geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
     else:
-        geometry.config, t = kinds.PANORAMIC, np.zeros(3)
-        geometry.H = K1 @ found.R @ np.linalg.inv(K0)
-    geometry.cam2_from_cam1 = colmap.Rigid3d(np.c_[found.R, t])
+        geometry.config, geometry.F = kinds.UNCALIBRATED, np.linalg.inv(K1).T @ E @ np.linalg.inv(K0)
+    if found.knows_direction:
+        geometry.config, geometry.E = kinds.CALIBRATED, E
+    geometry.cam2_from_cam1 = colmap.Rigid3d(np.c_[found.R, found.t * found.knows_direction])
     return geometry

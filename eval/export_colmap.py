@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from eval.colmap_database import Database, known_K, two_view_geometry
@@ -32,11 +33,15 @@ from tools.extras import import_pycolmap
 from tools.files import atomic_path, below, check_file, check_folder, read_json, remove_strays, write_json
 from tools.geometry import is_camera_matrix, opencv_to_colmap_K
 from tools.locks import locked
-from tools.manifest import check_fields, check_settings
+from tools.manifest import check_fields, check_settings, is_count, is_list_of
 from tools.pair_list import read_pair_list
 
 FORMAT, VERSION = "imp-colmap", 1
 GUESSED_FOCAL = 1.2  # of the longer side, as COLMAP guesses
+# of settings.json, what a later run may have more of, or otherwise
+OPEN_FIELDS = {"K": (lambda value: isinstance(value, dict), {}), "turns": (lambda value: isinstance(value, dict), {}),
+               "pairs": (lambda value: value is None or is_list_of(str, str)(value), None),
+               "threads": (lambda value: value is None or (is_count(value) and 0 < value < 2 ** 16), None)}
 
 
 @dataclass
@@ -169,8 +174,8 @@ class Export:
                 self.failed[name] = reason(error)
                 return None
             if not self.database.has_keypoints(self.views[name]):
-                raise InputError(f"{name} has other keypoints than in the database, which another device, library or "
-                                 "number of threads found: write elsewhere")
+                raise InputError(f"{name} has other keypoints than in the database, which another device or library "
+                                 "found: write elsewhere")
         return self.views.get(name)
 
     def _load(self, name: str) -> LoadedImage:
@@ -204,21 +209,49 @@ def copy_to_rematch(source, target) -> None:
             raise InputError(f"{source} is not a database of COLMAP: {error}") from None
 
 
-def claim(out: Path, settings: dict, folder: Path, rematch=None) -> Path:
+def closed(settings: dict) -> dict:
+    """Settings that a later run has to have, too."""
+    return {**settings, "threads": None, "K": None, "turns": None, "pairs": settings["pairs"] and "of a list"}
+
+
+def add_settings(made: dict, settings: dict, images: ImageSet, there: list[str], out: Path) -> dict:
+    """`settings`, with what `made` says of images that are not asked for any more.
+
+    there: names in the database. InputError if one of these has another camera now, or the list lost pairs.
+    """
+    asked = set(map(tuple, settings["pairs"] or []))
+    lost = next((pair for pair in made["pairs"] or [] if tuple(pair) not in asked), None)
+    if lost:
+        raise InputError(f"{out} has the pair {' '.join(lost)}, which is not in the list: add it, or write elsewhere")
+    settings, names = dict(settings), set(images.names)
+    for key in ("K", "turns"):
+        settings[key] = {name: old for name, old in made[key].items() if name not in names} | settings[key]
+        for name in there:
+            old, new = made[key].get(name), settings[key].get(name)
+            if old != new:
+                raise InputError(f"{out} was made with {key} {old} of {name}, now it is {new}: give the same settings, "
+                                 "or write elsewhere")
+    return settings
+
+
+def claim(out: Path, settings: dict, images: ImageSet, rematch=None) -> Path:
     """Mark the folder `out` as made with `settings`, or check that it was, and that no image changed since.
 
-    folder: of the images; rematch: as `export` takes it. Returns the database to fill.
+    images, rematch: as `export` takes them. Returns the database to fill.
     """
     file, final, unfinished = (out / name for name in ("settings.json", "database.db", "unfinished.db"))
     if file.exists():
-        check_settings(check_fields(read_json(file), {}, file), settings, out)
+        made = check_fields(read_json(file), OPEN_FIELDS, file)
+        check_settings(closed(made), closed(settings), out)
     elif final.exists():
         raise InputError(f"{out} holds a database that was not made here: write elsewhere")
     else:
         unfinished.unlink(missing_ok=True)
     path = final if final.exists() else unfinished
     if path.exists():
-        sources = [folder / name for name in image_names(path)]
+        there = image_names(path)
+        settings = add_settings(made, settings, images, there, out)
+        sources = [images.folder / name for name in there]
         sources += [Path(settings["weights"])] if settings["weights"] else []
         for source in [] if rematch else sources:
             if source.exists() and source.stat().st_mtime > file.stat().st_mtime:
@@ -241,8 +274,9 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
     settings = {**matcher.settings, "format": f"{FORMAT} {VERSION}", "images": os.path.abspath(images.folder),
                 "focal": images.focal, "K": {name: K.tolist() for name, K in sorted(images.K.items())},
                 "turns": images.turns, "pairs": pairs, "sequential": sequential, "nearest": nearest,
-                "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers}
-    path = claim(out, settings, images.folder, rematch)
+                "rematch": rematch and os.path.abspath(rematch), "min_inliers": min_inliers,
+                "threads": torch.get_num_threads()}
+    path = claim(out, settings, images, rematch)
     with Database(path) as database:
         if rematch and images.pairs is None:
             images.names = list(database.ids)
@@ -253,8 +287,12 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
                              + "".join(f"; {name}: {why}" for name, why in list(job.failed.items())[:1]))
         job.add_pairs(choose_pairs(images, database, matcher.extractor.dim, sequential, nearest))
         n_images, n_pairs = database.counts()
-        print(f"{n_images} images, {n_pairs} pairs, {database.db.num_verified_image_pairs()} of them verified: "
-              f"{out / 'database.db'}")
+        print(f"{n_images} images, {n_pairs} pairs with matches, {database.db.num_verified_image_pairs()} of them "
+              f"verified: {out / 'database.db'}")
+    # the last rows are beside the file as long as another program, COLMAP's window say, has it open
+    with contextlib.closing(sqlite3.connect(path, timeout=1)) as connection:
+        if connection.execute("pragma wal_checkpoint(truncate)").fetchone()[0]:
+            raise InputError(f"another program is reading {path}: close it and run this again")
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(path, out / "database.db")
@@ -262,7 +300,7 @@ def export(images: ImageSet, out: Path, matcher: ImageMatcher, sequential: int |
 
 
 def map_images(folder: Path, out: Path, seed: int = 0) -> list[dict]:
-    """Make models of `out`/database.db with COLMAP's incremental mapper, as `out`/0, `out`/1, ...
+    """Make models of `out`/database.db with COLMAP's incremental mapper, as `out`/0, `out`/1, ..., the largest first.
 
     Returns what `out`/models.json holds: name, images, points, track_length and reprojection_error (pixels) of each. It
     is written last, so that models of this very database are left as they are.
@@ -284,10 +322,11 @@ def map_images(folder: Path, out: Path, seed: int = 0) -> list[dict]:
     for old in out.glob("[0-9]*"):
         shutil.rmtree(old)
     content["models"] = []
-    for name, model in sorted((str(index), model) for index, model in models.items()):
-        os.replace(work / name, out / name)
+    # COLMAP keeps its first attempt, however small, beside a model of more images
+    for name, (index, model) in enumerate(sorted(models.items(), key=lambda item: -item[1].num_reg_images())):
+        os.replace(work / str(index), out / str(name))
         content["models"].append({
-            "name": name, "images": model.num_reg_images(), "points": model.num_points3D(),
+            "name": str(name), "images": model.num_reg_images(), "points": model.num_points3D(),
             "track_length": model.compute_mean_track_length(),
             "reprojection_error": model.compute_mean_reprojection_error()})
     write_json(report, content)
@@ -339,10 +378,12 @@ def main(argv=None) -> int:
     with locked(out / ".lock", f"another process writes to {out}: wait for it, or name another folder"):
         remove_strays(out)
         used = out / "settings.json"
-        before = check_fields(read_json(used), {}, used) if used.exists() else {}
-        if args.rematch and not args.feature_type and (args.matching_method or args.weights or not before):
+        made = check_fields(read_json(used), OPEN_FIELDS, used) if used.exists() else {}
+        if made.get("threads"):  # with another number, keypoints of networks differ in the last digits
+            torch.set_num_threads(made["threads"])
+        if args.rematch and not args.feature_type and (args.matching_method or args.weights or not made):
             args.feature_type = "sift"
-        matcher = build_matcher(args, before)
+        matcher = build_matcher(args, made)
         failed = export(images, out, matcher, args.sequential, args.nearest, args.rematch, args.min_inliers)
         models = map_images(folder, out, args.seed) if args.map else []
     if models:

@@ -19,7 +19,7 @@ from tools.exif import read_exif
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import read_image
 from tools.geometry import is_camera_matrix, make_pose, relative_pose, resize_keypoints, turn_keypoints, turn_pose
-from tools.pose import translation_is_determined
+from tools.pose import direction_uncertainty, translation_is_determined
 from tools.precision import check_precision, has_bfloat16
 from tools.two_view import estimate_fundamental, homography_explains
 from tools.visualize import VIEW_SIDE, shrink
@@ -170,6 +170,8 @@ class ImageMatcher:
             result.planar = homography_explains(*points, threshold, seed)
             result.translation_determined = not result.planar if fundamental is not None else \
                 translation_is_determined(*points, pair.K0, pair.K1, found.pose[0], threshold)
+            if fundamental is None:
+                result.direction_uncertainty = direction_uncertainty(*points, pair.K0, pair.K1, *found.pose[:2])
         if fundamental is not None and not result.planar:
             F = view1.to_matched().T @ fundamental[0] @ view0.to_matched()
             result.F = F / np.linalg.norm(F)

@@ -11,6 +11,7 @@ from eval.pair_sets import EvalPair
 from tools.cli import InputError
 from tools.distributed import choose_device
 from tools.features import FEATURE_TYPES, Features
+from tools.pose import ESTIMATORS
 
 
 def match_features(keypoints0, descriptors0, scores0, image_size0, keypoints1, descriptors1, scores1, image_size1,
@@ -27,8 +28,10 @@ def match_features(keypoints0, descriptors0, scores0, image_size0, keypoints1, d
     Returns the matches (M, 2), their scores (M,) and the pose: R (3, 3), t (3,) of unit length with x1 = R x0 + t, and
     inliers (M,) bool; None without both K or without enough matches. InputError names what does not fit.
     """
-    if feature_type not in FEATURE_TYPES:
-        raise InputError(f"unknown feature type {feature_type!r}: known are {', '.join(FEATURE_TYPES)}")
+    for name, value, known in (("feature type", feature_type, FEATURE_TYPES), ("estimator", estimator, ESTIMATORS),
+                               ("matching method", matching_method, [None, *MATCHERS])):
+        if value not in known:
+            raise InputError(f"unknown {name} {value!r}: known are {', '.join(filter(None, known))}")
     features0 = _features("0", keypoints0, descriptors0, scores0, image_size0, feature_type)
     features1 = _features("1", keypoints1, descriptors1, scores1, image_size1, feature_type)
     pair = EvalPair(0, ("0", "1"), ("0", "1"), features0, features1, _camera("K0", K0), _camera("K1", K1))
@@ -56,14 +59,14 @@ def _array(name: str, value, dtype=np.float32) -> np.ndarray:
 
 def _features(view: str, keypoints, descriptors, scores, image_size, feature_type: str) -> Features:
     keypoints, descriptors = _array(f"keypoints{view}", keypoints), _array(f"descriptors{view}", descriptors)
-    scores = np.zeros(len(keypoints), np.float32) if scores is None else _array(f"scores{view}", scores)
-    size = _array(f"image_size{view}", image_size, np.float64)
-    if size.shape != (2,) or not np.isfinite(size).all():
-        raise InputError(f"image_size{view} is {image_size}: expected (w, h)")
     dim = FEATURE_TYPES[feature_type].dim
     if keypoints.ndim != 2 or descriptors.shape != (len(keypoints), dim):
         raise InputError(f"descriptors{view} of shape {descriptors.shape} and keypoints{view} of shape "
                          f"{keypoints.shape}: {feature_type} has (N, {dim}) and (N, 2)")
+    scores = np.zeros(len(keypoints), np.float32) if scores is None else _array(f"scores{view}", scores)
+    size = _array(f"image_size{view}", image_size, np.float64)
+    if size.shape != (2,) or not np.isfinite(size).all():
+        raise InputError(f"image_size{view} is {image_size}: expected (w, h)")
     lengths = np.linalg.norm(descriptors, axis=1)
     if len(lengths) and not 0.9 < np.median(lengths) < 1.1:
         raise InputError(f"descriptors{view} are not of unit length: divide each by its norm"

@@ -1,12 +1,16 @@
 """That eval.benchmark measures what it says; how long things take is not tested."""
+import contextlib
 import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import benchmark
 from eval.straightforward import Straightforward
+from nets import build_matcher
+from nets.layers import Attention
 from tools.cli import run
 from tools.files import read_json
 
@@ -43,21 +47,51 @@ def test_median_is_of_rounds_in_turn():
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}
 
 
+def test_cost_of_operations_by_hand():
+    x = torch.zeros(1000)
+    with benchmark.Cost() as cost:
+        y = 2 * x  # reads and writes 4000 bytes each
+        row = y[:500]
+        y.add_(1)
+        kept = torch.empty(10)
+        z = torch.cat([y, y])  # reads 8000 bytes, writes 8000
+        del y, row, z
+    assert (cost.kernels, cost.traffic) == (3, 32000)
+    assert (cost.held, cost.peak) == (4000 + kept.nbytes, 16000 + kept.nbytes)
+
+
+@pytest.mark.parametrize("kind, precision", [("imp", "float32"), ("eimp", "bfloat16")])
+def test_a_step_costs_on_fake_tensors_what_it_costs_on_real_ones(kind, precision, monkeypatch):
+    costs = []
+    if kind == "imp":
+        monkeypatch.setattr(Attention, "_matrix", None)  # a GPU stores none
+    for mode in (contextlib.nullcontext, FakeTensorMode):
+        with mode():
+            net = build_matcher(kind, descriptor_dim=32, n_layers=5, n_min_tokens=16).train()
+            costs.append(benchmark.step_cost(net, benchmark.two_views(48, 32, 2, "cpu", supervised=True), precision))
+    assert costs[0] == costs[1]
+    names = ("weights, moments, input", "kept for the gradient", "peak")
+    before, kept, peak = (costs[0][f"{name} GiB"] for name in names)
+    assert before * 2 ** 30 > 3 * sum(parameter.nbytes for parameter in net.parameters())
+    assert peak >= before + kept > before
+
+
 TINY = {
-    "match": ["--keypoints", "32", "48", "--dim", "32", "--layers", "5", "--rounds", "1", "--batch", "1", "2",
-              "--precision", "float32", "bfloat16"],
-    "train": ["--keypoints", "32", "--dim", "32", "--layers", "5", "--rounds", "1", "--precision", "float32",
-              "bfloat16"],
+    "match": ["--device", "cpu", "--keypoints", "32", "48", "--dim", "32", "--layers", "5", "--rounds", "1", "--batch",
+              "1", "2", "--precision", "float32", "bfloat16"],
+    "train": ["--device", "cpu", "--keypoints", "32", "--dim", "32", "--layers", "5", "--rounds", "1", "--precision",
+              "float32", "bfloat16"],
+    "memory": ["--keypoints", "32", "--dim", "32", "--layers", "3", "--batch", "2", "--precision", "bfloat16"],
 }
 
 
 @pytest.mark.parametrize("part", list(TINY))
 def test_command_prints_its_table(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "PRODUCT_SIZE", 64)
-    assert run(benchmark.main, [part, "--device", "cpu", "--json", str(tmp_path / "numbers.json"), *TINY[part]]) == 0
+    assert run(benchmark.main, [part, "--json", str(tmp_path / "numbers.json"), *TINY[part]]) == 0
     numbers = read_json(tmp_path / "numbers.json")
     printed = capsys.readouterr().out
-    rows = {"match": ("rates", 8), "train": ("step", 4)}
+    rows = {"match": ("rates", 8), "train": ("step", 4), "memory": ("step", 2)}
     name, count = rows[part]
     assert len(numbers[name]) == count
     for row in numbers[name]:

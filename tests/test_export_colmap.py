@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, render, texture
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -189,6 +190,22 @@ def test_a_turn_on_the_spot_is_panoramic(scene, tmp_path):
         assert np.median(np.linalg.norm(rays[:, :2] / rays[:, 2:] - there, axis=1)) < 1
 
 
+def test_a_short_baseline_gives_no_direction(scene, tmp_path):
+    write_images(tmp_path / "images", [np.eye(4), make_pose(np.eye(3), [0.15, 0, 0])])
+    assert command(tmp_path / "images", tmp_path / "out", *RATIO, "--K", 300, 306, 159.5, 119.5) == 0
+    with Database(tmp_path / "out/database.db") as database:
+        geometry = database.db.read_two_view_geometry(1, 2)
+        assert geometry.config == KINDS.UNCALIBRATED and geometry.E is None
+        judged = sfm_table.judge_pairs(database, {"0.png": np.eye(4), "1.png": make_pose(np.eye(3), [0, 0.15, 0])})
+        assert judged["verified"] == 1 and judged["directed"] == judged["wrong"] == 0
+        T = geometry.cam2_from_cam1.matrix()
+        assert not T[:, 3].any() and pose_error(np.eye(4), T[:, :3], np.ones(3))[1] < 2
+        x0, x1 = (np.c_[database.db.read_keypoints(image_id)[geometry.inlier_matches[:, v]],
+                        np.ones(len(geometry.inlier_matches))] for v, image_id in enumerate((1, 2)))
+        lines = x0 @ geometry.F.T
+        assert np.median(np.abs(np.sum(x1 * lines, axis=1)) / np.hypot(*lines[:, :2].T)) < 0.5
+
+
 def test_pairs_of_neighbours_and_of_similar_images(tmp_path):
     rng = np.random.default_rng(0)
     kinds = rng.normal(size=(2, 16))
@@ -256,7 +273,10 @@ def test_killed_at_any_moment_the_same_command_ends_with_an_equal_database(scene
         there = tables(killed / "unfinished.db")
         assert len(there["images"]) == n_images
         assert len(there["matches"]) == len(there["two_view_geometries"]) == n_pairs
+    threads = read_json(out / "settings.json")["threads"]
+    torch.set_num_threads(threads + 1)
     assert command(*options, out) == 0
+    assert torch.get_num_threads() == threads
     assert tables(out / "database.db") == tables(tmp_path / "whole/database.db")
     assert sorted(path.name for path in out.iterdir()) == ["database.db", "settings.json"]
 
@@ -267,13 +287,73 @@ def test_images_that_were_bad_or_not_there_are_added_later(photos, tmp_path, cap
     options = photos, tmp_path / "out", "--focal", 300, *RATIO
     assert command(*options) == 1
     said = capsys.readouterr()
-    assert "2 images, 1 pairs" in said.out and "1 images or pairs skipped" in said.err and "c.png" in said.err
+    assert "2 images, 1 pairs with matches" in said.out
+    assert "1 images or pairs skipped" in said.err and "c.png" in said.err
     before = tables(tmp_path / "out/database.db")
     (photos / "c.png").write_bytes(good)
     assert command(*options) == 0
-    assert "3 images, 3 pairs" in capsys.readouterr().out
+    assert "3 images, 3 pairs with matches" in capsys.readouterr().out
     after = tables(tmp_path / "out/database.db")
     assert set(before["matches"]) < set(after["matches"]) and len(after["matches"]) == 3
+
+
+def test_images_can_be_added_where_a_camera_was_given(photos, tmp_path, capsys):
+    (photos / "c.png").rename(tmp_path / "c.png")
+    options = photos, tmp_path / "out", *RATIO
+    K = "--K", 300, 306, 159.5, 119.5
+    assert command(*options, *K) == 0
+    (tmp_path / "c.png").rename(photos / "c.png")
+    (photos / "a.png").rename(tmp_path / "a.png")
+    assert command(*options, *K) == 0
+    (tmp_path / "a.png").rename(photos / "a.png")
+    with Database(tmp_path / "out/database.db") as database:
+        assert database.counts() == [3, 2] and len(database.cameras) == 2  # as sub/b.png is in another folder
+    capsys.readouterr()
+    for words in ((), ("--K", 300, 306, 160, 119.5)):
+        assert command(*options, *words) == 2
+        error = capsys.readouterr().err
+        assert "of a.png, now it is" in error and error.count("\n") == 1
+
+
+def test_pairs_can_be_added_to_a_list(photos, tmp_path, capsys):
+    few, many = tmp_path / "few.txt", tmp_path / "many.txt"
+    write_pair_list(few, [make_pair(0, 1)])
+    write_pair_list(many, [make_pair(0, 2), make_pair(0, 1)])
+    options = photos, tmp_path / "out", *RATIO
+    assert command(*options, "--pairs", few) == 0
+    before = tables(tmp_path / "out/database.db")["matches"]
+    assert command(*options, "--pairs", many) == 0
+    after = tables(tmp_path / "out/database.db")["matches"]
+    assert set(before) < set(after) and len(after) == 2
+    capsys.readouterr()
+    for words, said in ((("--pairs", few), f"has the pair {NAMES[0]} {NAMES[2]}, which is not in the list"),
+                        ((), "was made with pairs of a list, now it is None")):
+        assert command(*options, *words) == 2
+        assert said in capsys.readouterr().err
+    assert tables(tmp_path / "out/database.db")["matches"] == after
+
+
+@pytest.mark.parametrize("in_the_middle", [False, True])
+def test_a_database_that_another_program_has_open_is_whole(photos, tmp_path, capsys, monkeypatch, in_the_middle):
+    readers, add_pairs = [], export_colmap.Export.add_pairs
+
+    def peek(job, pairs):
+        readers.append(sqlite3.connect(tmp_path / "out/unfinished.db", timeout=0))
+        rows = readers[0].execute("select name from images")
+        rows.fetchone() if in_the_middle else rows.fetchall()
+        readers.append(rows)
+        add_pairs(job, pairs)
+
+    monkeypatch.setattr(export_colmap.Export, "add_pairs", peek)
+    options = photos, tmp_path / "out", "--focal", 300, *RATIO
+    assert command(*options) == (2 if in_the_middle else 0)
+    monkeypatch.undo()
+    if in_the_middle:
+        assert "another program is reading" in capsys.readouterr().err
+        readers.pop().close()
+        readers.pop().close()
+        assert command(*options) == 0
+    assert len(tables(tmp_path / "out/database.db")["matches"]) == 3
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -383,6 +463,24 @@ def test_a_model_comes_out(tmp_path, capsys):
     assert (tmp_path / "out/0/points3D.bin").read_bytes() == made
 
 
+def test_the_largest_model_is_the_first(tmp_path, monkeypatch):
+    mapping = pycolmap.incremental_mapping
+
+    def fail_first(database, images, out, options):
+        models = mapping(database, images, out, options)
+        (out / "0").rename(out / "1")
+        (out / "0").mkdir()
+        pycolmap.Reconstruction().write(out / "0")
+        return {0: pycolmap.Reconstruction(), 1: models[0]}
+
+    write_images(tmp_path / "images", WALK[:3])
+    monkeypatch.setattr(pycolmap, "incremental_mapping", fail_first)
+    assert command(tmp_path / "images", tmp_path / "out", "--map", "--K", 300, 306, 159.5, 119.5, *RATIO) == 0
+    rows = read_json(tmp_path / "out/models.json")["models"]
+    assert [(row["name"], row["images"]) for row in rows] == [("0", 3), ("1", 0)]
+    assert [pycolmap.Reconstruction(tmp_path / "out" / name).num_reg_images() for name in "01"] == [3, 0]
+
+
 def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
     poses = list(WALK)
     names, depths = [f"images/{i}.png" for i in range(5)], write_images(tmp_path / "images", poses)
@@ -397,11 +495,18 @@ def test_the_table_of_methods(tmp_path, capsys, monkeypatch):
     row = read_json(tmp_path / "out/NN_ratio/table.json")["row"]
     assert row["verified"] > row["wrong"] == row["wrong_rotation"] >= 3
     assert row["images"] == 5 and row["seconds"] > 0
-    numbers = [row[name] for name in ("verified", "wrong", "wrong_rotation")]
-    assert row["at least 30 inliers"] == "{}, {}, {}".format(*numbers)
+    numbers = [row[name] for name in ("verified", "directed", "wrong", "wrong_rotation")]
+    assert row["at least 30 inliers"] == "{}, {}, {}, {}".format(*numbers)
     assert row["center_error"] > 0.05  # the wrong pose draws all of them along
-    assert f"| NN_ratio | {row['verified']} | {row['wrong']} |" in said
+    assert f"| NN_ratio | {row['verified']} | {row['directed']} | {row['wrong']} |" in said
 
+    with Database(tmp_path / "out/NN_ratio/database.db") as database:  # cameras above each other: no direction is right
+        above = {name: make_pose(pose[:3, :3], pose[:3, :3] @ [0, -i, 0]) for i, (name, pose) in
+                 enumerate(zip(names, WALK))}
+        there = sfm_table.judge_pairs(database, above)
+        assert there["verified"] >= there["directed"] == there["wrong"] > there["wrong_rotation"] == 0
+        assert there["at least 30 inliers"] == "{verified}, {directed}, {wrong}, {wrong_rotation}".format(**there)
+        assert there["at least 100 inliers"] != there["at least 30 inliers"]
     monkeypatch.setattr(sfm_table, "run_method", None)  # what is there is not run again
     assert run(sfm_table.main, [str(word) for word in words]) == 0
     assert capsys.readouterr().out.endswith(said[said.index("5 images, 10 pairs\n"):])

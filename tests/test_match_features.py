@@ -52,8 +52,9 @@ def test_scores_may_be_missing_and_views_empty(views, weights):
 
 @pytest.mark.parametrize("place, value, words", [
     (0, np.zeros((400, 3)), "keypoints0"), (0, "points", "keypoints0 is not an array of numbers"),
-    (0, np.full((400, 2), np.nan), "keypoints0: not finite"), (1, np.ones((400, 64)), r"sift has \(N, 128\)"),
-    (1, np.full((400, 128), 100.0), "descriptors0 are not of unit length"), (4, np.zeros((3, 2)), "descriptors1"),
+    (0, None, "keypoints0 of shape"), (0, np.full((400, 2), np.nan), "keypoints0: not finite"),
+    (1, np.ones((400, 64)), r"sift has \(N, 128\)"), (4, np.zeros((3, 2)), "descriptors1"),
+    (1, np.full((400, 128), 100.0), "descriptors0 are not of unit length"),
     (6, np.zeros(3), "scores1"), (7, (480, 640, 3), "image_size1"), (7, (0, 10), "image_size1"),
     (8, np.eye(4), "K0"), (9, np.zeros((3, 3)), "K1 is not a camera matrix")])
 def test_what_does_not_fit_is_said(place, value, words, views):
@@ -64,6 +65,7 @@ def test_what_does_not_fit_is_said(place, value, words, views):
         match_features(*given, matching_method="NN")
 
 
-def test_an_unknown_feature_type_is_said(views):
-    with pytest.raises(InputError, match="unknown feature type 'orb'"):
-        match_features(*views, feature_type="orb")
+@pytest.mark.parametrize("option", ["feature_type", "matching_method", "estimator"])
+def test_an_unknown_name_is_said(views, option):
+    with pytest.raises(InputError, match=f"unknown {option.replace('_', ' ')} 'orb': known are .*[a-z]"):
+        match_features(*views, **{option: "orb"})

@@ -764,8 +764,11 @@ def test_two_identical_images_determine_no_translation(scene, capsys):
     assert describe_pose(found).endswith("translation (not determined); a rotation alone explains the matches")
     found.T_0to1 = np.eye(4)  # a true pose judges the rotation: the translation is arbitrary
     assert "(not determined); 0.0 degrees off; a rotation alone" in describe_pose(found)
-    found.translation_determined, found.planar = True, False
+    found.translation_determined, found.planar, found.direction_uncertainty = True, False, 1.0
     assert describe_pose(found).endswith("; 0.0 and 0.0 degrees off")
+    found.direction_uncertainty = 14.8
+    assert found.verdict == "trusted" and not found.knows_direction and found.summary()["direction_uncertainty"] == 14.8
+    assert describe_pose(found).endswith("; the direction of the translation may be 15 degrees off")
 
 
 @pytest.mark.parametrize("image, said", [

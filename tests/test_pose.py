@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import poselib
 import pytest
+from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
 from tools.cli import InputError
@@ -15,6 +16,8 @@ from tools.pose import (
     HOMOGRAPHY_ESTIMATORS,
     PROSAC_ITERATIONS,
     PUBLISHED_ESTIMATOR,
+    SYSTEMATIC_ERROR,
+    direction_uncertainty,
     estimate_homography,
     estimate_pose,
     translation_is_determined,
@@ -282,3 +285,50 @@ def test_a_translation_is_determined_by_what_no_rotation_explains(determined, vi
         # whatever rotation the estimator gave where it may mix both up
         R = Rotation.from_rotvec([1, 3, -1], degrees=True).as_matrix() @ R
         assert translation_is_determined(keypoints0, keypoints1, K0, K0, R, 1.0) is determined
+
+
+def refine(keypoints0, keypoints1, T_0to1):
+    """Rotation vector and shift of t from a pose of unit baseline that minimise the Sampson errors in pixels; how much
+    each depends on each error, (5, N)."""
+    tangents = np.linalg.svd(T_0to1[:3, 3][None])[2][1:].T
+    x0, x1 = (np.c_[keypoints, np.ones(len(keypoints))] for keypoints in (keypoints0, keypoints1))
+
+    def errors(change):
+        R = Rotation.from_rotvec(change[:3]).as_matrix() @ T_0to1[:3, :3]
+        E = essential_matrix(make_pose(R, T_0to1[:3, 3] + tangents @ change[3:]))
+        F = np.linalg.inv(K1).T @ E @ np.linalg.inv(K0)
+        lines0, lines1 = x1 @ F, x0 @ F.T
+        return np.sum(x1 * lines1, axis=1) / np.linalg.norm(np.c_[lines0[:, :2], lines1[:, :2]], axis=1)
+
+    found = least_squares(errors, np.zeros(5), x_scale="jac")
+    return found.x, np.linalg.pinv(found.jac)
+
+
+@pytest.mark.parametrize("baseline", [1.0, 0.05])
+def test_uncertainty_is_what_the_worst_errors_do_to_a_direction(baseline):
+    points = np.random.default_rng(0).uniform([-1.5, -1.5, 3], [1.5, 1.5, 9], (200, 3))
+    R = Rotation.from_rotvec([4, -18, 6], degrees=True).as_matrix()
+    T_0to1 = make_pose(R, baseline * np.array([0.96, 0, 0.28]))
+    keypoints0, keypoints1 = project(points, K0, np.eye(4))[0], project(points, K1, T_0to1)[0]
+    T_0to1[:3, 3] /= baseline
+    _, inverse = refine(keypoints0, keypoints1, T_0to1)
+    worst = np.degrees(np.linalg.norm(inverse[3:], 2) * SYSTEMATIC_ERROR * np.sqrt(200))
+    uncertainty = direction_uncertainty(keypoints0, keypoints1, K0, K1, R, T_0to1[:3, 3])
+    assert uncertainty == pytest.approx(worst, rel=1e-3)
+    assert (uncertainty > 10) is (baseline < 0.1)
+
+    # across the line of each keypoint, small enough for the first order: to one side of the image, the errors add up
+    rng, turns = np.random.default_rng(1), []
+    lines = np.c_[keypoints0, np.ones(200)] @ np.linalg.inv(K0).T @ essential_matrix(T_0to1).T @ np.linalg.inv(K1)
+    across = lines[:, :2] / np.linalg.norm(lines[:, :2], axis=1, keepdims=True)
+    for pattern in (rng.normal(size=200), np.sign(keypoints0[:, 0] - 310), (keypoints0[:, 1] - 255) / 100):
+        errors = pattern / np.sqrt(np.mean(pattern ** 2)) * SYSTEMATIC_ERROR / 100
+        change, _ = refine(keypoints0, keypoints1 + across * errors[:, None], T_0to1)
+        turns.append(100 * np.degrees(np.linalg.norm(change[3:])))
+    assert max(turns) <= uncertainty and max(turns[1:]) > max(2 * turns[0], uncertainty / 5)
+
+
+def test_uncertainty_of_a_direction_that_nothing_tells():
+    keypoints0, keypoints1, R = views_of(n_far=300)
+    assert direction_uncertainty(keypoints0, keypoints1, K0, K0, R, np.array([1.0, 0, 0])) == 180
+    assert direction_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0.6, 0.8])) == 180

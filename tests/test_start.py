@@ -1,10 +1,16 @@
 """How untrained matchers start."""
+import json
+
 import pytest
 import torch
 
-from nets import build_matcher
-from training.config import DEFAULTS
-from training.start import branch_ends, warm_start
+from tests.tiny_dump import make_tiny_dump
+from tools.features import FEATURE_TYPES
+from training import start
+from training.config import DEFAULTS, load_train_config
+from training.data import collate
+from training.sources import training_samples
+from training.start import branch_ends, similarities, warm_start
 from training.trainer import build
 
 
@@ -28,13 +34,48 @@ def test_warm_start_is_a_nearest_neighbour_matcher():
     assert right["published"] < 0.5
 
 
-def test_warm_start_gain():
-    for dim in (128, 256):
-        matcher = build_matcher("imp", descriptor_dim=dim, n_layers=1)
-        warm_start(matcher)
+def test_a_warm_start_is_that_of_the_feature_type():
+    starts = {}
+    for name, feature in FEATURE_TYPES.items():
+        matcher = build({**DEFAULTS, "feature": name, "layers": 1, "init": "warm"})
         gain = matcher.final_proj[0].weight[0, 0].item()
-        assert gain ** 2 / dim ** 0.5 == pytest.approx(39, rel=1e-5)
-    assert matcher.bin_score.item() == 30
+        assert gain ** 2 / feature.dim ** 0.5 == pytest.approx(feature.logit_scale, rel=1e-5)
+        starts[name] = feature.logit_scale, matcher.bin_score.item()
+    assert starts["sift"] == (39, 30) and starts["aliked"] == (22, 6)
+
+
+def test_starts_are_compared(tmp_path, capsys):
+    """By the loss that a network has which starts so, the least first; and by the similarities of the samples."""
+    make_tiny_dump(tmp_path / "dump", feature="aliked")
+    config = {"feature": "aliked", "base_path": str(tmp_path / "dump"), "max_keypoints": 90, "min_inliers": 20,
+              "max_inliers": 30}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert start.main(["--config", str(tmp_path / "config.json"), "--samples", "4"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("similarity, true matches: median 0.9")
+    assert said[1].startswith("similarity, nearest of an unmatched keypoint: median 0.2")
+    assert said[2].endswith("(now: 22, 6)")
+    rows = [[float(value) for value in line.split()] for line in said[3:]]
+    assert len(rows) == 10 and rows == sorted(rows, key=lambda row: row[2])
+
+    samples = training_samples(load_train_config(tmp_path / "config.json", []))
+    batch = collate([samples[k] for k in range(4)])
+    batch |= {f"descriptors{v}": batch[f"descriptors{v}"].float() for v in "01"}
+    matcher = build({**DEFAULTS, "feature": "aliked", "layers": 1})
+    warm_start(matcher, *rows[0][:2])
+    for end in branch_ends(matcher):  # what they add to the descriptors is of no use yet
+        torch.nn.init.zeros_(end.weight)
+    with torch.no_grad():
+        assert matcher(batch)["loss"].item() == pytest.approx(rows[0][2], abs=0.01)
+
+
+def test_similarities_are_those_of_the_labels():
+    x0 = torch.eye(4)[None]
+    x1 = torch.tensor([[[0, 1.0, 0, 0], [0.8, 0, 0.6, 0], [0, 0, 1.0, 0]]])
+    batch = {"descriptors0": x0, "descriptors1": x1, "target0": torch.tensor([[1, 3, 3, -1]]),
+             "mask1": torch.tensor([[True, True, False]])}
+    of_matches, of_others = similarities(batch)
+    assert of_matches.tolist() == pytest.approx([0.8]) and of_others.tolist() == pytest.approx([1.0, 0.6])
 
 
 def test_published_start():

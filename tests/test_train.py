@@ -671,7 +671,7 @@ def test_an_error_ends_the_run_and_its_processes(setup, monkeypatch, raised, sta
     def fail(*_):
         raise raised
 
-    monkeypatch.setattr(trainer.Trainer, "_log", fail)
+    monkeypatch.setattr(trainer.Trainer, "_read", fail)
     with pytest.raises(status, match=said):
         train_with(setup, "--workers", 1)
     assert not multiprocessing.active_children()
@@ -704,6 +704,24 @@ def test_tf32_is_set_while_training_runs(setup, tmp_path, monkeypatch):
                    tmp_path, "--resume_path", tmp_path)
         assert seen[-2:] == [state] * 2 and torch.get_float32_matmul_precision() == "highest"
     assert len(seen) == 4
+
+
+def test_deterministic_algorithms_on_request(setup, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # to be put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    read, seen = trainer.Trainer._read, []
+
+    def record(*arguments):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return read(*arguments)
+
+    monkeypatch.setattr(trainer.Trainer, "_read", record)
+    try:
+        for wanted in (0, 1):
+            train_with(setup, "--its_per_epoch", 1, "--deterministic", wanted, "--save_path", tmp_path / f"run{wanted}")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(False, None), (True, ":4096:8")]
 
 
 def test_bfloat16_trains_like_float32(setup, tmp_path):

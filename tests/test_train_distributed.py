@@ -17,6 +17,7 @@ from tests.tiny_dump import make_consistent, make_tiny_dump
 from tools.checkpoint import load_checkpoint
 from tools.cli import InputError
 from tools.distributed import launch
+from tools.locks import locked
 from tools.records import read_record, write_record
 from training.config import DEFAULTS
 from training.trainer import build
@@ -25,6 +26,7 @@ REPOSITORY = Path(__file__).parent.parent
 SMALL = {"layers": 4, "max_keypoints": 48, "min_inliers": 16, "max_inliers": 24, "batch_size": 4, "epochs": 1,
          "its_per_epoch": 4, "workers": 0, "gpu": [-1], "n_min_tokens": 16}
 TWO = ("--gpu", "-1", "-1")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def count_threads(job):
@@ -66,10 +68,11 @@ def setup(tmp_path):
     return path
 
 
-def start(setup, *arguments, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, "train.py", "--config", str(setup), *map(str, arguments)],
+def start(setup, *arguments, launcher=(), script="train.py"):
+    return subprocess.Popen([sys.executable, *launcher, str(script), "--config", str(setup), *map(str, arguments)],
                             cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+                            start_new_session=True)
 
 
 def finish(process, seconds=240) -> str:
@@ -137,8 +140,7 @@ def test_two_processes_train_as_one(setup, tmp_path, network, with_pose):
 def test_torchrun_goes_on_after_a_rank_was_killed(setup, tmp_path):
     length = ("--its_per_epoch", 3, "--epochs", 6)
     whole = start(setup, *length, *TWO, "--save_path", tmp_path / "whole")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1")
-    process = start(setup, *length, "--resume_path", tmp_path / "run", launcher=launcher)
+    process = start(setup, *length, "--resume_path", tmp_path / "run", launcher=(*TORCHRUN, "--max-restarts", "1"))
     wait_for(tmp_path / "run" / "epoch_00001.pth", process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     output = finish(process)
@@ -170,6 +172,46 @@ def test_a_signal_to_the_launching_process_alone_saves(setup, tmp_path):
     assert process.returncode == 0, output
     assert "stopped: checkpoints are in" in output
     assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] >= 4
+
+
+FAILS_IN_ONE = """
+import time
+import torch, train
+from tools.cli import InputError, run
+from tools.distributed import leave
+from training.trainer import Trainer
+
+def wait():
+    while True:
+        time.sleep(1)
+
+def fail_in_one(trainer, batch, step=Trainer._step):
+    if trainer.step == 5:
+        if trainer.job.rank == 1:
+            raise {error}
+        {other}
+    return step(trainer, batch)
+
+Trainer._step = fail_in_one
+torch.distributed.destroy_process_group = wait  # under NCCL, for processes that never come
+if __name__ == "__main__":
+    leave(run(train.main))
+"""
+
+
+@pytest.mark.parametrize("launcher, error, other, said", [
+    ((), "KeyError('a bug')", "wait()", "KeyError: 'a bug'"),  # under NCCL the other does not see that one has gone
+    (TORCHRUN, "InputError('a mistake')", "pass", "error: a mistake")], ids=["spawned", "torchrun"])
+def test_the_job_ends_with_the_message_of_the_process_that_fails(setup, tmp_path, launcher, error, other, said):
+    script = tmp_path / "command.py"
+    script.write_text(FAILS_IN_ONE.format(error=error, other=other))
+    arguments = ("--epochs", 100, *(() if launcher else TWO))
+    output = finish(start(setup, *arguments, launcher=launcher, script=script), 90)
+    assert said in output, output
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 4
+    assert not list((tmp_path / "run").glob("*.tmp*"))
+    with locked(tmp_path / "run" / ".lock", "held"):  # nobody holds it any more
+        pass
 
 
 @pytest.mark.parametrize("arguments, message", [

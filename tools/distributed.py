@@ -46,13 +46,6 @@ class Job:
             dist.all_reduce(values)
         return values.div_(self.world_size)
 
-    def any(self, flags: list[bool]) -> list[bool]:
-        """Whether a flag is set in any process, for each flag."""
-        tensor = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.bool().tolist()
-
     def gather(self, value) -> list:
         """The values of all processes, by rank; anything that can be pickled."""
         values = [value] * self.world_size

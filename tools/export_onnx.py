@@ -3,7 +3,7 @@
     python3 -m tools.export_onnx weights/imp_sift_open.pth imp_sift.onnx
     python3 -m tools.export_onnx weights/imp_sift_open.pth imp_colmap.onnx --for colmap
 
-docs/onnx.md has the inputs and outputs. Needs the extra `onnx`.
+docs/pipelines.md has the inputs and outputs. Needs the extra `onnx`.
 """
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ class OneShot(nn.Module):
 
 
 class ForColmap(OneShot):
-    """A matcher of SIFT as COLMAP calls LightGlue; what is assumed of COLMAP is in docs/onnx.md.
+    """A matcher of SIFT as COLMAP calls LightGlue; what is assumed of COLMAP is in docs/pipelines.md.
 
     Keypoints (1, N, C) start with x, y, where the centre of the top-left pixel is (0.5, 0.5); descriptors (1, N, 128)
     are RootSIFT of any length. Returns matches (M, 2) int64 and their scores (M,).

@@ -31,6 +31,7 @@ class Extractor:
 
     An image is (H, W) uint8, or with `color` (H, W, 3) BGR uint8. name, dim (of descriptors). dump_settings,
     eval_settings: its settings in training dumps and in evaluation, those of the paper where that has them.
+    logit_scale, bin_score: of a warm start, see `training.start`.
     weights_file: of a network (`NetworkExtractor`). max_pixels: a larger image is downscaled to it first; its keypoints
     are those of the image given all the same. batch_pixels: how many to give to `extract_batch` at a time; 0, one
     image, where batches gain nothing.
@@ -40,6 +41,7 @@ class Extractor:
     dim: int
     dump_settings: ClassVar[dict]
     eval_settings: ClassVar[dict]
+    logit_scale, bin_score = 39.0, 30.0
     color = False
     weights_file = None
     max_pixels = 0
@@ -192,6 +194,7 @@ class Aliked(KorniaExtractor):
     """ALIKED, model aliked-n16 (D = 128)."""
 
     name, weights_file = "aliked", "aliked-n16.pth"
+    logit_scale, bin_score = 22.0, 6.0
 
     def _load(self, weights):
         from tools.pretrained import import_kornia, load_pretrained

@@ -96,6 +96,7 @@ SETTINGS = {
     "precision": Setting("float32", "bfloat16: autocast; assignment and pose stay in float32 or wider; tf32: products "
                                     "of float32 on a GPU", choices=PRECISIONS),
     "compile": Setting(False, "torch.compile of the network"),
+    "deterministic": Setting(False, "the same run gives the same weights to the bit on GPUs too, more slowly"),
     "workers": Setting(4, "processes that make samples, over all processes of the job", 0, 1024),
     # results
     "save_path": Setting("runs/train", "folder of checkpoints, logs and curves"),

@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import math
+import os
 import re
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +35,7 @@ NAMED_PAIRS = 5  # in the message that ends such a run
 # what may differ when a run is resumed: where things are, how long it lasts, what it runs on, what is watched
 FREE_IN_RESUME = {"save_path", "resume_path", "weight_path", "gpu", "workers", "epochs", "max_minutes",
                   "keep_checkpoints", "base_path", "val_path", "val_scene_list_fn", "scene_list_fn", "val_pairs",
-                  "val_images", "do_eval", "eval_epochs", "precision", "compile"}
+                  "val_images", "do_eval", "eval_epochs", "precision", "compile", "deterministic"}
 MATCHER_SETTINGS = ("norm_fn", "ac_fn", "with_sinkhorn", "sinkhorn_iterations", "match_threshold", "n_min_tokens")
 
 
@@ -59,7 +61,7 @@ def build(config: dict):
     if config["weight_path"]:
         load_weights(matcher, load_checkpoint(config["weight_path"])["model"], config["weight_path"])
     elif config["init"] == "warm":
-        warm_start(matcher)
+        warm_start(matcher, FEATURE_TYPES[config["feature"]].logit_scale, FEATURE_TYPES[config["feature"]].bin_score)
     else:
         published_start(matcher)
     return matcher
@@ -83,6 +85,9 @@ class Trainer:
         if config["norm_fn"] == "bn" and job.world_size > 1 and job.device.type == "cpu":
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
         self.precision = check_precision(config["precision"], job.device)
+        if config["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU multiplies for the first time
+            torch.use_deterministic_algorithms(True)
         self.config, self.job = config, job
         self.folder = Path(config["save_path"])
         latest = self.folder / "latest.pth"
@@ -116,7 +121,9 @@ class Trainer:
                              "another save_path")
         if config["compile"]:
             self.model.compile()
-        self.parallel = DistributedDataParallel(self.model) if job.world_size > 1 else self.model
+        self.parallel = self.model
+        if job.world_size > 1:
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def resume(self, path) -> None:
         """Resume from a checkpoint, or from the latest of a run's folder."""
@@ -240,8 +247,9 @@ class Trainer:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         following = self._next_batch()  # while the device is at work: nothing has waited for it yet
         # the gradients have been averaged: a bad loss anywhere spoils them everywhere
-        bad, interrupted, late = self.job.any([not bool(torch.isfinite(out["loss"]) & torch.isfinite(grad_norm)),
-                                               self.stop.is_set(), time.monotonic() > self.deadline])
+        bad = ~(torch.isfinite(out["loss"]) & torch.isfinite(grad_norm))
+        flags = [bad, self.stop.is_set(), time.monotonic() > self.deadline]
+        (bad, interrupted, late), values, per_iteration = self._read(flags, {"grad_norm": grad_norm, **out})
         self.step += 1
         self.skipped.update(skipped)
         if bad:
@@ -252,8 +260,25 @@ class Trainer:
             if config["clip_grad"]:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config["clip_grad"], grad_norm)
             self.optimizer.step()
-        self._log(out, {"lr": lr, "grad_norm": grad_norm.item()}, waited)
+        if self.monitor:
+            values |= {"lr": lr, "skipped_steps": len(self.bad)}
+            self.monitor.log_step(self.step, values, per_iteration, waited)
         return following, "stopped" if interrupted else "time is up" if late else ""
+
+    def _read(self, flags: list, out: dict) -> tuple[list[bool], dict, dict]:
+        """What the host needs of a step: whether a flag is set in any process, and the means over them of the scalars
+        and of the arrays (L,) of each iteration that a step has, by name.
+
+        One reduction and one transfer for all of them: here alone the host waits for the device, once a step.
+        """
+        each = out["per_iteration"]
+        names = ["grad_norm", "loss", *each]
+        scalars = [out["loss"].new_full((), value) if isinstance(value, bool) else value.detach().float()
+                   for value in (*flags, *(out[name] for name in names))]
+        flat = torch.cat([torch.stack(scalars), *(values.float() for values in each.values())])
+        flat = self.job.mean(flat).cpu().numpy()
+        flags, values, arrays = np.split(flat, [len(flags), len(scalars)])
+        return (flags > 0).tolist(), dict(zip(names, values.tolist())), dict(zip(each, arrays.reshape(len(each), -1)))
 
     def _skip(self, batch: dict, names: list[str]) -> None:
         """Leave out a step whose loss or gradient is not finite, in all processes; too many in an epoch end the run."""
@@ -265,17 +290,6 @@ class Trainer:
             counts = Counter(name for _, pairs in self.bad for name in pairs).most_common(NAMED_PAIRS)
             raise InputError(f"the loss was not finite in {MAX_BAD_STEPS} steps of one epoch (step {self.step}): lower "
                              f"lr, or look at these pairs: {', '.join(name for name, _ in counts)}")
-
-    def _log(self, out: dict, values: dict, waited: float) -> None:
-        each = out["per_iteration"]
-        names = ["loss", *each]
-        flat = torch.cat([torch.stack([out[name].detach().float() for name in names]),
-                          *(value.float() for value in each.values())])
-        flat = self.job.mean(flat).cpu().numpy()  # one reduction for all of them
-        if self.monitor:
-            arrays = flat[len(names):].reshape(len(each), -1)
-            values |= {"skipped_steps": len(self.bad), **dict(zip(names, flat.tolist()))}
-            self.monitor.log_step(self.step, values, dict(zip(each, arrays)), waited)
 
     def _validate(self, due: bool) -> bool:
         """Log what validation says, with poses and pictures if due; whether the loss is the best so far."""

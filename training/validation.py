@@ -50,7 +50,7 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
     """
     n_batches = max(1, min(n_samples, samples.draw_size) // batch_size)
     batches = step_batches(0, n_batches, batch_size, job.rank, job.world_size)
-    totals, errors, skipped = torch.zeros(4, dtype=torch.float64), [], []
+    totals, errors, skipped = torch.zeros(4, dtype=torch.float64, device=job.device), [], []
     for batch in make_loader(samples, batches, 0, False):
         if "failed" in batch:
             raise InputError(f"validation: {batch['failed']}")
@@ -60,10 +60,10 @@ def validate(model, samples: Samples, job: Job, n_samples: int, batch_size: int,
         truth = tensors["target0"]
         is_match = (truth >= 0) & (truth < tensors["target1"].shape[1])
         right = is_match & (out["matches0"] == truth)
-        totals += torch.stack([out["loss"], right.sum(), (out["matches0"] >= 0).sum(), is_match.sum()]).cpu()
+        totals += torch.stack([out["loss"], right.sum(), (out["matches0"] >= 0).sum(), is_match.sum()])
         if with_pose:
-            errors += _pose_errors(batch, out["matches0"])
-    loss, right, predicted, true = job.mean(totals.to(job.device, torch.float32)).tolist()
+            errors += _pose_errors(batch, out["matches0"].cpu())
+    loss, right, predicted, true = job.mean(totals.float()).cpu().tolist()
     numbers = {"loss": loss / n_batches, "precision": right / max(predicted, 1e-9), "recall": right / max(true, 1e-9)}
     if with_pose:
         aucs = pose_auc(np.concatenate(job.gather(errors)), AUC_THRESHOLDS)
