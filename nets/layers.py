@@ -183,7 +183,7 @@ def _goes_by_blocks(x: Tensor) -> bool:
     """Whether attention is taken block by block, as products in bfloat16 with a softmax between.
 
     On a CPU this is twice as fast as fused attention, which is no faster in bfloat16 than in float32. It is written
-    for matching alone: gradients come from fused attention.
+    for matching alone.
     """
     return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling())
@@ -230,11 +230,12 @@ class Attention:
 
     queries (B, heads, N, d); keys (B, heads, M, d); keep (B, M) bool or None: which keypoints are keys (None: all).
     Where a sample has none, its messages are zero. is_shared: whether it is used more than once: the matrix is then
-    stored, on a CPU and up to MAX_STORED entries; elsewhere it is faster to compute it again. memory: the stored matrix
-    of an earlier layer, not needed any more.
+    stored, on a CPU and up to MAX_STORED bytes; elsewhere it is faster to compute it again. So it is, used once or more,
+    for gradients in bfloat16: those of fused attention take several times as long. memory: the stored matrix of an
+    earlier layer, not needed any more.
     """
 
-    MAX_STORED = 2 ** 22
+    MAX_STORED = 2 ** 24
 
     def __init__(self, queries: Tensor, keys: Tensor, keep: Tensor | None, is_shared: bool,
                  memory: Tensor | None = None):
@@ -245,9 +246,10 @@ class Attention:
             # a row of a softmax needs an entry: where there is no key, all are let in
             self.mask = keep[:, None, None, :] | ~self.any_key
         self.stored = None
-        if (is_shared and queries.device.type == "cpu" and not torch.compiler.is_compiling()
-                and (queries.element_size() >= 4 or _goes_by_blocks(queries))
-                and queries.shape[:3].numel() * keys.shape[2] <= self.MAX_STORED):
+        if ((is_shared or (queries.dtype == torch.bfloat16 and torch.is_grad_enabled()))
+                and queries.device.type == "cpu" and queries.dtype != torch.float16
+                and not torch.compiler.is_compiling()
+                and queries.shape[:3].numel() * keys.shape[2] * queries.element_size() <= self.MAX_STORED):
             self.stored = self._matrix(queries.dtype, memory)
 
     def _matrix(self, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
@@ -256,6 +258,12 @@ class Attention:
         if torch.is_grad_enabled() or (memory is not None and (memory.dtype, memory.shape) != (dtype, shape)):
             memory = None
         with torch.autocast(self.queries.device.type, enabled=False):
+            if dtype == torch.bfloat16 and torch.is_grad_enabled():
+                queries, keys = self.queries.flatten(0, 1), self.keys.flatten(0, 1).mT
+                with torch.no_grad():  # which is taken off, as bfloat16 keeps no more than halves of a logit of 100
+                    greatest = (queries * queries.shape[-1] ** -0.5 @ keys).amax(dim=-1, keepdim=True)
+                logits = torch.baddbmm(greatest, queries, keys, beta=-1, alpha=queries.shape[-1] ** -0.5).view(shape)
+                return torch.softmax(logits if self.mask is None else logits.masked_fill(~self.mask, -torch.inf), -1)
             if dtype == torch.bfloat16:
                 memory = self.queries.new_empty(shape) if memory is None else memory
                 for _ in _blocks(self.queries, self.keys, self.mask, memory):
