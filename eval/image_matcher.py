@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
-import torch
 
 from eval.image_matches import VERSION, ImageMatches, LoadedImage
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseEstimator, PoseSetting, to_data
@@ -20,7 +19,7 @@ from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import read_image
 from tools.geometry import is_camera_matrix, make_pose, relative_pose, resize_keypoints, turn_keypoints, turn_pose
 from tools.pose import direction_uncertainty, translation_is_determined
-from tools.precision import check_precision, has_bfloat16
+from tools.precision import check_precision
 from tools.two_view import estimate_fundamental, homography_explains
 from tools.visualize import VIEW_SIDE, shrink
 
@@ -68,15 +67,6 @@ def choose_model(matching_method: str | None, feature_type: str | None, weights)
     raise InputError(f"{reasons[-len(methods)]}; --matching_method NN_ratio needs none")
 
 
-def choose_precision(precision: str | None, matching_method: str, device: torch.device) -> str:
-    """The precision that a method computes in: as asked for; None: bfloat16 on a CPU that has it (docs/speed.md)."""
-    if not MATCHERS[matching_method].takes_weights:
-        return "float32"
-    if precision is None:
-        return "bfloat16" if device.type == "cpu" and has_bfloat16(device) else "float32"
-    return check_precision(precision, device)
-
-
 class ImageMatcher:
     """Matches images with one method, loaded once.
 
@@ -85,18 +75,18 @@ class ImageMatcher:
     tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
     there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features. precision: of the
-    matching network's layers, one of tools.precision.PRECISIONS; None: bfloat16 on a CPU that has it, else float32.
+    matching network's layers, one of tools.precision.PRECISIONS.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
                  one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None,
-                 precision: str | None = None):
+                 precision: str = "float32"):
         device = choose_device(device)
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
-        precision = choose_precision(precision, method, device)
+        precision = check_precision(precision, device) if MATCHERS[method].takes_weights else "float32"
         device = str(device)
         self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device,
                                                         precision=precision))

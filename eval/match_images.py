@@ -281,7 +281,7 @@ def add_matcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the matching network (default: that of the results "
-                        "that are resumed; bfloat16 on a CPU that has it, else float32)")
+                        "that are resumed, else float32)")
 
 
 def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
@@ -294,9 +294,7 @@ def build_matcher(args: argparse.Namespace, before: dict) -> ImageMatcher:
     model = args.matching_method, args.feature_type, args.weights
     if not any(model):
         model = tuple(before.get(name) for name in MODEL)
-    precision = args.precision
-    if before and model[0] in (None, before.get("matching_method")):
-        precision = precision or before.get("precision", "float32")  # those of earlier versions
+    precision = args.precision or before.get("precision", "float32")
     matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold, args.one_shot,
                            args.seed, args.device, args.feature_weights, precision)
     used = matcher.settings

@@ -92,21 +92,14 @@ def assign(x0: Tensor, x1: Tensor, bin_score: Tensor, with_sinkhorn: bool, itera
         scores = torch.cat([inner, bin_score.expand(batch, n0, 1)], dim=2)
         scores = torch.cat([scores, bin_score.expand(batch, 1, n1 + 1)], dim=1)
 
-        masked = keep0 is not None or keep1 is not None
         rows, columns = (torch.cat([scores.new_ones(batch, n) if keep is None else keep.to(scores.dtype),
                                     scores.new_ones(batch, 1)], dim=1) for n, keep in ((n0, keep0), (n1, keep1)))
-        if masked:
-            kept = rows.unsqueeze(-1) * columns.unsqueeze(-2)
-            scores = scores.masked_fill(kept == 0, torch.finfo(scores.dtype).min)
-        p = scores.softmax(dim=2)
-        if not with_sinkhorn:
-            p = p * scores.softmax(dim=1)
-        if masked:
-            p = p * kept
-        if with_sinkhorn:
+        lowest = torch.finfo(scores.dtype).min
+        p = (scores if keep1 is None else scores.masked_fill(columns.unsqueeze(1) == 0, lowest)).softmax(dim=2)
+        if with_sinkhorn:  # a total of 0 makes a row zero
             r, c = (torch.cat([ones[:, :-1], ones.sum(dim=1, keepdim=True)], dim=1) for ones in (rows, columns))
-            p = sinkhorn(p, r, c, iterations)
-        return p
+            return sinkhorn(p, r, c, iterations)
+        return p * (scores if keep0 is None else scores.masked_fill(rows.unsqueeze(2) == 0, lowest)).softmax(dim=1)
 
 
 @torch.no_grad()

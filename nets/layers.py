@@ -59,10 +59,14 @@ class Views:
                           for n, mask in zip(self.sizes, self.masks)], dim=1)
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast is at work on the device of x."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def narrow(x: Tensor) -> Tensor:
     """x in the precision that linear layers compute in: cast once, where autocast would cast it for each of them."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _is_cast(x) else x
 
 
 class _Standardize(torch.autograd.Function):
@@ -156,7 +160,7 @@ class MLP(nn.Sequential):
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N0 + N1, C_in) -> (B, N0 + N1, C_out)."""
         for module, following in itertools.pairwise([*self, None]):
-            if isinstance(following, InstanceNorm) and torch.is_autocast_enabled(x.device.type):
+            if isinstance(following, InstanceNorm) and _is_cast(x):
                 x = module(following.center(x, views))
             elif isinstance(module, InstanceNorm):
                 x = module(x, views)
@@ -245,7 +249,7 @@ class Attention:
             self.any_key = keep.any(dim=1).view(-1, 1, 1, 1)
             # a row of a softmax needs an entry: where there is no key, all are let in
             self.mask = keep[:, None, None, :] | ~self.any_key
-        self.stored = None
+        self.stored, self.by_blocks = None, _goes_by_blocks(queries)
         if ((is_shared or (queries.dtype == torch.bfloat16 and torch.is_grad_enabled()))
                 and queries.device.type == "cpu" and queries.dtype != torch.float16
                 and not torch.compiler.is_compiling()
@@ -291,7 +295,7 @@ class Attention:
             wide = torch.promote_types(self.queries.dtype, torch.float32)
             weights = self.queries.new_ones(1) if query_mask is None else query_mask[:, None, None, :]
             weights = weights.to(wide).expand(*self.queries.shape[:2], 1, self.queries.shape[2])
-            if self.stored is None and _goes_by_blocks(self.queries):
+            if self.stored is None and self.by_blocks:
                 mass = weights.new_zeros(len(self.keys), self.keys.shape[2])
                 for (b, head, rows), block in _blocks(self.queries, self.keys, self.mask):
                     mass[b] += weights[b, head, 0, rows] @ block.to(wide)

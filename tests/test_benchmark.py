@@ -76,6 +76,16 @@ def test_a_step_costs_on_fake_tensors_what_it_costs_on_real_ones(kind, precision
     assert peak >= before + kept > before
 
 
+@pytest.mark.parametrize("with_sinkhorn", [True, False])
+def test_padding_keeps_no_matrix_for_the_gradient(with_sinkhorn):
+    kept = []
+    for masks in ({}, {f"mask{v}": torch.arange(300).expand(2, 300) < 290 for v in "01"}):
+        net = build_matcher("imp", descriptor_dim=16, n_layers=2, with_sinkhorn=with_sinkhorn).train()
+        data = benchmark.two_views(300, 16, 2, "cpu", supervised=True) | masks
+        kept.append(benchmark.step_cost(net, data, "float32")["kept for the gradient GiB"] * 2 ** 30)
+    assert kept[1] - kept[0] < 301 ** 2  # bytes; two samples' assignment has eight times as many
+
+
 TINY = {
     "match": ["--device", "cpu", "--keypoints", "32", "48", "--dim", "32", "--layers", "5", "--rounds", "1", "--batch",
               "1", "2", "--precision", "float32", "bfloat16"],

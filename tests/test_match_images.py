@@ -617,7 +617,7 @@ def test_lightglue_stands_between_published_weights_and_ours(scene, tmp_path, mo
     # a folder is resumed with what it was begun with
     images = [scene / "images" / name for name in NAMES]
     words = "--save_path", tmp_path / "out", "--max_keypoints", 50, "--focal", 300
-    assert command(*images[:2], *words, "--precision", "float32") == 0
+    assert command(*images[:2], *words) == 0
     monkeypatch.setattr(image_matcher, "lightglue_is_installed", lambda: True)
     capsys.readouterr()
     assert command(*images, *words) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from eval_scene import CAMERAS, NAMES, make_scene
 
-from eval import eval_imp, image_matcher, match_images
+from eval import eval_imp, match_images
 from eval.image_matcher import ImageMatcher
 from eval.iterative import match_one_shot
 from eval.methods import MATCHERS, MatcherSettings, Method, PoseSetting, to_data
@@ -199,20 +199,15 @@ def test_descriptors_between_layers_and_assignment_are_in_float32():
             assert state.attention_self[0].queries.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("has_it", [False, True])
-def test_bfloat16_is_chosen_for_networks_on_a_cpu_that_has_it(monkeypatch, has_it):
-    set_cpu(monkeypatch, avx512_bf16=has_it)
-    assert image_matcher.choose_precision(None, "IMP", CPU) == ("bfloat16" if has_it else "float32")
-    assert image_matcher.choose_precision("float32", "IMP", CPU) == "float32"
-    assert image_matcher.choose_precision(None, "NN_ratio", CPU) == "float32"
-    assert image_matcher.choose_precision(None, "IMP", GPU) == "float32"
+def test_precision_is_that_of_networks():
     assert ImageMatcher("NN", precision="bfloat16").settings["precision"] == "float32"
-    matcher = ImageMatcher("IMP", "sift")
-    assert matcher.settings["precision"] == ("bfloat16" if has_it else "float32")
-    assert ("forward" in vars(matcher.matcher.network.gnn.layers[0])) == has_it
+    for name in ("float32", "bfloat16"):
+        matcher = ImageMatcher("IMP", "sift", precision=name)
+        assert matcher.settings["precision"] == name
+        assert ("forward" in vars(matcher.matcher.network.gnn.layers[0])) == (name == "bfloat16")
 
 
-def test_a_folder_is_resumed_in_its_precision(scene, tmp_path, capsys, monkeypatch):
+def test_a_folder_is_resumed_in_its_precision(scene, tmp_path, capsys):
     def command(*options):
         images = [str(scene / "images" / name) for name in NAMES[:3]]
         assert run(match_images.main, [*images, "--matching_method", "IMP", "--feature_type", "sift",
@@ -220,14 +215,9 @@ def test_a_folder_is_resumed_in_its_precision(scene, tmp_path, capsys, monkeypat
         with np.load(next(iter(tmp_path.glob("*.npz")))) as content:
             return capsys.readouterr().out, json.loads(str(content["settings"]))["precision"]
 
-    set_cpu(monkeypatch)
     assert command()[1] == "float32"
-    set_cpu(monkeypatch, amx=True)
-    said, used = command()
-    assert "3 were there already" in said and used == "float32"
     said, used = command("--precision", "bfloat16")
     assert "bfloat16\n" in said and "there already" not in said and used == "bfloat16"
-    set_cpu(monkeypatch)
     said, used = command()
     assert "3 were there already" in said and used == "bfloat16"
     # results of earlier versions do not say it: they are of float32
