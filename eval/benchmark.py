@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from eval.peers import LightGlue, lightglue_is_installed
 from eval.straightforward import Straightforward
 from eval.summary import align
 from nets import build_matcher
@@ -30,10 +31,11 @@ from nets.layers import Attention
 from nets.matchers import POOL_THRESHOLD, is_second
 from tools.cli import InputError, run
 from tools.distributed import choose_device
+from tools.features import FEATURE_TYPES
 from tools.files import write_json
+from tools.precision import PRECISIONS, autocast, set_precision, tf32
 from tools.processes import peak_bytes
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRODUCT_SIZE = 4096
 
 
@@ -66,11 +68,12 @@ def two_views(n: int, dim: int, batch: int, device, supervised: bool = False) ->
     rng = np.random.default_rng(0)
     order = rng.permutation(n)
     descriptors = rng.normal(size=(n, dim))
-    data = {}
+    data = {f"image_size{v}": np.array([700, 700]) for v in "01"}
     for v, rows in (("0", np.arange(n)), ("1", order)):
         noisy = descriptors[rows] + 0.3 * rng.normal(size=(n, dim))
         data[f"descriptors{v}"] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
         data[f"norm_keypoints{v}"] = rng.uniform(-0.7, 0.7, (n, 2))
+        data[f"keypoints{v}"] = 350 + 490 * data[f"norm_keypoints{v}"]
         data[f"scores{v}"] = rng.uniform(0, 1, n)
     if supervised:
         target = np.argsort(order)
@@ -89,10 +92,6 @@ def matchers(dim: int, n_layers: int, device) -> dict:
     eimp = build_matcher("eimp", descriptor_dim=dim, n_layers=n_layers).to(device)
     eimp.load_state_dict(imp.state_dict())
     return {"imp": imp, "eimp": eimp}
-
-
-def _autocast(precision: str, device: torch.device):
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -134,6 +133,22 @@ def _extra_megabytes(n: int, dim: int, n_layers: int, device: torch.device) -> f
     return (_peak_bytes(device) - before) / 1e6
 
 
+def _variants(precision: str, args, device: torch.device) -> dict:
+    """The networks to compare in a precision: {name: (network, width of its descriptors)}."""
+    nets = matchers(args.dim, args.layers, device)
+    for net in nets.values():
+        set_precision(net.eval().gnn.layers, precision)
+    variants = {"IMP": nets["imp"], "EIMP": nets["eimp"]}
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
+        variants["IMP compiled"] = torch.compile(nets["imp"], dynamic=False, mode=mode)
+    variants = {name: (net, args.dim) for name, net in variants.items()}
+    if lightglue_is_installed():
+        lightglue = LightGlue("aliked", device=device, precision=precision)
+        variants["LightGlue"] = lightglue, FEATURE_TYPES["aliked"].dim
+    return variants
+
+
 def benchmark_match(args, device: torch.device) -> dict:
     nets = matchers(args.dim, args.layers, device)
     plain = {kind: Straightforward(kind, net.state_dict()) for kind, net in nets.items()}
@@ -141,10 +156,7 @@ def benchmark_match(args, device: torch.device) -> dict:
     product = torch.rand(PRODUCT_SIZE, PRODUCT_SIZE, device=device)
     for net in nets.values():
         net.eval()
-    variants = {"IMP": nets["imp"], "EIMP": nets["eimp"]}
-    if args.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
-        variants["IMP compiled"] = torch.compile(nets["imp"], dynamic=False, mode=mode)
+    variants = {precision: _variants(precision, args, device) for precision in args.precision}
     against, rates = [], []
     for n in args.keypoints:
         data = two_views(n, args.dim, 1, device)
@@ -169,14 +181,15 @@ def benchmark_match(args, device: torch.device) -> dict:
             "EIMP s": s["eimp"], "straightforward EIMP s": s["plain eimp"], "x ": s["plain eimp"] / s["eimp"],
             f"IMP {n_fewer}/{args.layers}": s["fewer"] / s["imp"], "EIMP half kept/IMP": s["half"] / s["imp"],
             "extra MB": extra})
-        for precision in args.precision:
-            for batch in args.batch:
-                many = {key: value.expand(batch, *value.shape[1:]).contiguous() for key, value in data.items()}
-                functions = {name: partial(net, many) for name, net in variants.items()}
-                with torch.inference_mode(), _autocast(precision, device):
-                    seconds = median_seconds(functions, args.rounds, device)
-                rates.append({"keypoints": n, "precision": precision, "batch": batch,
-                                 **{f"{name} pairs/s": batch / value for name, value in seconds.items()}})
+        for batch in args.batch:
+            many = {dim: two_views(n, dim, batch, device) for dim in {args.dim, FEATURE_TYPES["aliked"].dim}}
+            functions = {(precision, name): partial(net, many[dim]) for precision, nets_in in variants.items()
+                         for name, (net, dim) in nets_in.items()}
+            with torch.inference_mode():
+                seconds = median_seconds(functions, args.rounds, device)
+            for precision, names in variants.items():
+                rates.append({"keypoints": n, "batch": batch, "precision": precision,
+                              **{f"{name} pairs/s": batch / seconds[precision, name] for name in names}})
     print(f"one pair, D {args.dim}, {args.layers} iterations, one-shot; bound: operations with shared attention kept, "
           f"at the rate of a {PRODUCT_SIZE}^3 product")
     print_table(against)
@@ -188,14 +201,15 @@ def benchmark_match(args, device: torch.device) -> dict:
 # train
 
 def _loss(net, data: dict, precision: str, device: torch.device) -> torch.Tensor:
-    with _autocast(precision, device):
+    with autocast(precision, device):
         return net(data)["loss"]
 
 
-def _step(loss, optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss().backward()
-    optimizer.step()
+def _step(loss, optimizer, precision: str = "float32") -> None:
+    with tf32(precision):
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
 
 
 def _assignments_step(data: dict, n_layers: int) -> None:
@@ -215,7 +229,7 @@ def benchmark_train(args, device: torch.device) -> dict:
             optimizer = torch.optim.Adam(net.parameters(), fused=device.type == "cuda")
             for precision in args.precision:
                 functions[kind, precision] = partial(_step, partial(_loss, net.train(), data, precision, device),
-                                                     optimizer)
+                                                     optimizer, precision)
             plain = Straightforward(kind, net.state_dict(), training=True)
             functions[kind, "straightforward"] = partial(_step, partial(plain.loss, data),
                                                          torch.optim.Adam(plain.parameters.values()))

@@ -39,6 +39,7 @@ from tools.files import check_folder, file_hash, write_image
 from tools.original import from_dump_config, from_eval_config, is_dump_config, is_eval_config
 from tools.pair_list import read_pair_list
 from tools.pose import ESTIMATORS, HOMOGRAPHY_ESTIMATORS, PUBLISHED_ESTIMATOR
+from tools.precision import PRECISIONS, check_precision
 from tools.scannet import read_scannet_camera
 from tools.scene_info import read_megadepth1500
 from tools.visualize import draw_matches
@@ -158,7 +159,7 @@ def build_methods(args) -> dict[str, Method]:
     for name in args.matching_method:
         method = Method(MATCHERS[name](MatcherSettings(
             args.feature_type, args.dataset, weights.get(name), args.use_dual_softmax, args.ratio,
-            args.match_threshold, args.n_layers, args.device, not args.no_pruning)))
+            args.match_threshold, args.n_layers, args.device, not args.no_pruning, args.precision)))
         matcher = method.matcher
         matcher.schedule = replace(matcher.schedule, **schedule)
         if args.plot_time_auc and matcher.iterates:
@@ -262,6 +263,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help="estimate each pose N times, with the seeds from --seed on: AUCs are means over them, all "
                         "else is of the first (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the networks; the descriptors "
+                        "between layers and assignment stay in float32 (default: %(default)s)")
     parser.add_argument("--workers", type=whole_number(0), default=0, help="processes that estimate poses while the "
                         "network runs; 0: one after the other, for times that can be compared (default: %(default)s)")
     parser.add_argument("--plot_time_auc", action="store_true",
@@ -285,7 +288,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if args.protocol == "published" or args.estimator not in (*HOMOGRAPHY_ESTIMATORS, "all"):
             parser.error(f"--dataset hpatches takes the --estimator {', '.join(HOMOGRAPHY_ESTIMATORS)} or all")
     args.feature_type = args.feature_type or default_feature_type(args.matching_method)
-    args.device = str(choose_device(args.device))
+    device = choose_device(args.device)
+    args.device, args.precision = str(device), check_precision(args.precision, device)
     if args.threshold is None:
         args.threshold = [DEFAULT_POSE_THRESHOLD[args.dataset]]
     if args.save_path is None:

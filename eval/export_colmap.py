@@ -377,16 +377,13 @@ def main(argv=None) -> int:
         raise InputError("with --rematch, a list of pairs holds names alone: the cameras are the database's")
     with locked(out / ".lock", f"another process writes to {out}: wait for it, or name another folder"):
         remove_strays(out)
-        model = args.matching_method, args.feature_type, args.weights
         used = out / "settings.json"
         made = check_fields(read_json(used), OPEN_FIELDS, used) if used.exists() else {}
         if made.get("threads"):  # with another number, keypoints of networks differ in the last digits
             torch.set_num_threads(made["threads"])
-        if not any(model) and made:
-            model = tuple(made.get(name) for name in ("matching_method", "feature_type", "weights"))
-        elif args.rematch and not args.feature_type:
-            model = args.matching_method, "sift", args.weights
-        matcher = build_matcher(args, model)
+        if args.rematch and not args.feature_type and (args.matching_method or args.weights or not made):
+            args.feature_type = "sift"
+        matcher = build_matcher(args, made)
         failed = export(images, out, matcher, args.sequential, args.nearest, args.rematch, args.min_inliers)
         models = map_images(folder, out, args.seed) if args.map else []
     if models:

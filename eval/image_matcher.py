@@ -19,6 +19,7 @@ from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import read_image
 from tools.geometry import is_camera_matrix, make_pose, relative_pose, resize_keypoints, turn_keypoints, turn_pose
 from tools.pose import direction_uncertainty, translation_is_determined
+from tools.precision import check_precision
 from tools.two_view import estimate_fundamental, homography_explains
 from tools.visualize import VIEW_SIDE, shrink
 
@@ -73,23 +74,28 @@ class ImageMatcher:
     images are matched, at most; no image is enlarged. max_keypoints: of an image. estimator: of the pose, a key of
     tools.pose.ESTIMATORS; threshold: of its inliers, in pixels of the images as they are matched. one_shot: no poses on
     the way, and all matches of the last iteration returned, rather than iterative matching. device: auto (a GPU if
-    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features.
+    there is one), cpu, cuda or cuda:N. feature_weights: a file for the network of the features. precision: of the
+    matching network's layers, one of tools.precision.PRECISIONS.
     """
 
     def __init__(self, matching_method: str | None = None, feature_type: str | None = None, weights=None,
                  resize: int = 1600, max_keypoints: int = 2000, estimator: str = "poselib", threshold: float = 1.0,
-                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None):
-        device = str(choose_device(device))
+                 one_shot: bool = False, seed: int = 0, device: str = "auto", feature_weights=None,
+                 precision: str = "float32"):
+        device = choose_device(device)
         method, feature_type, weights = choose_model(matching_method, feature_type, weights)
         extractor = {**FEATURE_TYPES[feature_type].eval_settings, "max_keypoints": max_keypoints}
         extractor |= {key: True for key in ("unique_locations",) if key in extractor}
-        self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device))
+        precision = check_precision(precision, device) if MATCHERS[method].takes_weights else "float32"
+        device = str(device)
+        self.matcher = MATCHERS[method](MatcherSettings(feature_type=feature_type, weights=weights, device=device,
+                                                        precision=precision))
         self.extractor = build_extractor(feature_type, feature_weights, device=device, **extractor)
         self.resize, self.one_shot, self.device = resize, one_shot, device
         self.pose_setting = PoseSetting(estimator, threshold, seed)
         self.settings = {"version": VERSION, "matching_method": method, "feature_type": feature_type,
                          "weights": weights, "resize": resize, "max_keypoints": max_keypoints, "estimator": estimator,
-                         "threshold": threshold, "one_shot": one_shot, "seed": seed}
+                         "threshold": threshold, "one_shot": one_shot, "seed": seed, "precision": precision}
         if feature_weights is not None:
             self.settings["feature_weights"] = str(feature_weights)
 

@@ -39,7 +39,10 @@ from tools.features import FEATURE_TYPES
 from tools.files import IMAGE_SUFFIXES, check_file, check_folder, write_image
 from tools.pair_list import Pair, read_pair_list
 from tools.pose import ESTIMATORS
+from tools.precision import PRECISIONS
 from tools.visualize import write_strip
+
+MODEL = "matching_method", "feature_type", "weights"  # of the settings of results
 
 
 def match_images(image0, image1, K0=None, K1=None, **settings) -> ImageMatches:
@@ -159,7 +162,7 @@ def read_complete(path: Path, settings: dict, images: list[Path]) -> dict | None
         made = min(Path(f"{path}{end}").stat().st_mtime for end in (".png", ".npz"))
         check_file(f"{path}.npz")
         with np.load(f"{path}.npz") as content:
-            if json.loads(str(content["settings"])) == settings and all(
+            if {"precision": "float32", **json.loads(str(content["settings"]))} == settings and all(
                     source.stat().st_mtime <= made for source in sources):
                 return json.loads(str(content["summary"]))
     except Exception:  # torn, or not ours: it is made again
@@ -167,17 +170,17 @@ def read_complete(path: Path, settings: dict, images: list[Path]) -> dict | None
     return None
 
 
-def model_used_before(save_path: Path) -> tuple | None:
-    """Method, features and weights of the results in a folder, so that it is resumed with them: None if there are
-    none, or they are of a method that has to be named."""
+def settings_used_before(save_path: Path, matching_method: str | None) -> dict:
+    """Settings of the results of a method in a folder, so that it is resumed with their model and precision; empty if
+    there are none. None: any method that need not be named."""
+    methods = ("IMP", "EIMP", "LightGlue") if matching_method is None else (matching_method,)
     for path in sorted(save_path.glob("*.npz")):
         with contextlib.suppress(Exception):  # torn, or not ours
             with np.load(path) as content:
                 settings = json.loads(str(content["settings"]))
-            model = tuple(settings[name] for name in ("matching_method", "feature_type", "weights"))
-            if model[0] in ("IMP", "EIMP", "LightGlue"):
-                return model
-    return None
+            if settings["matching_method"] in methods:
+                return settings
+    return {}
 
 
 def match_pairs(matcher: ImageMatcher, pairs: list[Pair], image_dir: Path, save_path: Path, cameras: Cameras,
@@ -277,6 +280,8 @@ def add_matcher_options(parser: argparse.ArgumentParser) -> None:
                         help="longer side at which images are matched, at most (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the pose estimator (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the matching network (default: that of the results "
+                        "that are resumed, else float32)")
 
 
 def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
@@ -284,12 +289,17 @@ def camera_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
-def build_matcher(args: argparse.Namespace, model: tuple) -> ImageMatcher:
-    """The `ImageMatcher` of the command line, and say which it is; model: method, features and weights, or None."""
+def build_matcher(args: argparse.Namespace, before: dict) -> ImageMatcher:
+    """The `ImageMatcher` of the command line, and say which it is; before: settings of results that are resumed."""
+    model = args.matching_method, args.feature_type, args.weights
+    if not any(model):
+        model = tuple(before.get(name) for name in MODEL)
+    precision = args.precision or before.get("precision", "float32")
     matcher = ImageMatcher(*model, args.resize, args.max_keypoints, args.estimator, args.threshold, args.one_shot,
-                           args.seed, args.device, args.feature_weights)
+                           args.seed, args.device, args.feature_weights, precision)
     used = matcher.settings
-    print(", ".join(filter(None, (used["matching_method"], used["feature_type"], used["weights"]))))
+    told = [used[name] for name in MODEL if used[name]]
+    print(", ".join(told if used["precision"] == "float32" else [*told, used["precision"]]))
     return matcher
 
 
@@ -330,10 +340,7 @@ def main(argv=None) -> int:
         raise InputError("--K1 goes with two images; for more, --K0 alone is the camera of all, or a list says each")
     K0, K1 = (None if K is None else camera_matrix(*K) for K in (args.K0, args.K1 or args.K0))
     cameras = Cameras(K0, K1, args.focal)
-    model = args.matching_method, args.feature_type, args.weights
-    if not any(model):
-        model = model_used_before(save_path) or model
-    matcher = build_matcher(args, model)
+    matcher = build_matcher(args, settings_used_before(save_path, args.matching_method))
 
     if len(pairs) == 1:
         (pair,) = pairs

@@ -29,6 +29,7 @@ from tools.checkpoint import default_weights, load_checkpoint, load_matcher
 from tools.cli import InputError
 from tools.features import FEATURE_TYPES
 from tools.pose import estimate_homography, estimate_pose, timed
+from tools.precision import set_precision
 from tools.pretrained import find_pretrained
 
 
@@ -37,7 +38,8 @@ class MatcherSettings:
     """What the matchers are built from. dataset: yfcc, scannet or None, names the default weights.
 
     weights: a checkpoint, or None for the default one; ratio: of the ratio test; match_threshold: of the networks,
-    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop.
+    None for their own; n_layers: iterations of the network to run, None for all; prune: of LightGlue in the loop;
+    precision: of the layers of networks, see `tools.precision`.
     """
 
     feature_type: str = "sift"
@@ -49,6 +51,7 @@ class MatcherSettings:
     n_layers: int | None = None
     device: str = "cpu"
     prune: bool = True
+    precision: str = "float32"
 
 
 class Matcher:
@@ -149,6 +152,7 @@ class Network(Matcher):
         options = {"match_threshold": 0.0, **({"with_sinkhorn": False} if settings.use_dual_softmax else {})}
         self.network = load_matcher(self.path, self.kind, FEATURE_TYPES[settings.feature_type].dim, settings.device,
                                     **options)
+        set_precision(self.network.gnn.layers, settings.precision)
         self.scenes = load_checkpoint(self.path).get("scenes")
 
     @torch.no_grad()
@@ -187,7 +191,8 @@ class LightGlueMatcher(Network):
 
     def _load(self, settings):
         self.path = settings.weights or find_pretrained(lightglue_file(settings.feature_type))
-        self.network = LightGlue(settings.feature_type, self.path, settings.device, settings.prune)
+        self.network = LightGlue(settings.feature_type, self.path, settings.device, settings.prune,
+                                 settings.precision)
 
 
 class AdaptiveLightGlue(LightGlueMatcher):

@@ -4,11 +4,12 @@ import importlib.util
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nets.assignment import matches_of_input
+from nets.layers import attend, narrow
 from tools.features import FEATURE_TYPES
+from tools.precision import set_precision
 from tools.pretrained import find_pretrained, import_kornia, load_pretrained
 
 # feature type -> kornia's name of it
@@ -42,24 +43,31 @@ def _rename(state: dict) -> dict:
 
 def _cross_attention(block, x0: Tensor, x1: Tensor, mask=None) -> tuple[Tensor, Tensor]:
     """What kornia's CrossBlock computes, without mask; on CPUs its own code takes twice as long."""
-    qk0, qk1, v0, v1 = (x.unflatten(-1, (block.heads, -1)).transpose(1, 2)
-                        for x in (block.to_qk(x0), block.to_qk(x1), block.to_v(x0), block.to_v(x1)))
-    messages = F.scaled_dot_product_attention(qk0, qk1, v1), F.scaled_dot_product_attention(qk1, qk0, v0)
-    return tuple(x + block.ffn(torch.cat([x, block.to_out(m.transpose(1, 2).flatten(-2))], -1))
-                 for x, m in zip((x0, x1), messages))
+    narrow0, narrow1 = narrow(x0), narrow(x1)
+    qk0, qk1, v0, v1 = (layer(x).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+                        for layer in (block.to_qk, block.to_v) for x in (narrow0, narrow1))
+    messages = attend(qk0, qk1, v1), attend(qk1, qk0, v0)
+    return tuple(x + block.ffn(torch.cat([narrowed, block.to_out(m.transpose(1, 2).flatten(-2))], -1))
+                 for x, narrowed, m in zip((x0, x1), (narrow0, narrow1), messages))
+
+
+def _self_attention(queries: Tensor, keys: Tensor, values: Tensor, mask=None) -> Tensor:
+    """What kornia's Attention computes, without mask."""
+    return attend(*(narrow(x).contiguous() for x in (queries, keys, values)))
 
 
 class LightGlue(torch.nn.Module):
     """LightGlue with published weights, in evaluation mode.
 
     weights: a file, or None (`tools.pretrained`). prunes: whether `iterate` prunes keypoints after each layer, as
-    LightGlue does.
+    LightGlue does. precision: of its layers; descriptors between them, assignment and confidences are in float32.
     """
 
     pools = False  # by the rule of EIMP
     has_exit = True  # the states say where LightGlue itself would stop
 
-    def __init__(self, feature_type: str, weights=None, device="cpu", prunes: bool = True):
+    def __init__(self, feature_type: str, weights=None, device="cpu", prunes: bool = True,
+                 precision: str = "float32"):
         super().__init__()
         kornia, name = import_kornia(), LIGHTGLUE_FEATURES[feature_type]
         options = {"depth_confidence": DEPTH_CONFIDENCE, "width_confidence": WIDTH_CONFIDENCE, "filter_threshold": 0.0}
@@ -72,6 +80,8 @@ class LightGlue(torch.nn.Module):
         if next(self.network.parameters()).device.type == "cpu":
             for layer in self.network.transformers:
                 layer.cross_attn.forward = functools.partial(_cross_attention, layer.cross_attn)
+                layer.self_attn.inner_attn.forward = _self_attention
+        set_precision(self.network.transformers, precision)
 
     def iterate(self, data: dict, n_layers: int | None = None) -> Iterator["LightGlueState"]:
         """Yield the state after each layer, as `nets.matchers.Matcher.iterate` does; one pair at a time."""

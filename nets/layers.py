@@ -3,6 +3,9 @@
 Everything works on (B, N, C) tensors, keypoints before channels. The two views of a pair lie one after the other in
 one tensor, (B, N0 + N1, C), so that what looks at each keypoint alone is one matrix product for both.
 """
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from nets.layout import N_HEADS
 
 NORM_EPS = 1e-3
+BLOCK_ROWS = 512  # of an attention matrix, so that a block of it stays in the cache
+# before a softmax, in bfloat16, which rounds 4 to 0.02 and 200 to 1: greater ones are taken again, less their greatest
+MOST_LOGIT = 4
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "lrelu": lambda: nn.LeakyReLU(0.1)}
 
 
@@ -53,6 +59,16 @@ class Views:
                           for n, mask in zip(self.sizes, self.masks)], dim=1)
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast is at work on the device of x."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """x in the precision that linear layers compute in: cast once, where autocast would cast it for each of them."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _is_cast(x) else x
+
+
 class _Standardize(torch.autograd.Function):
     """Each channel of a view to mean 0 and variance 1 over its real keypoints; padding becomes 0.
 
@@ -85,6 +101,16 @@ class _Standardize(torch.autograd.Function):
 
 class InstanceNorm(nn.Module):
     """Each channel of each view to mean 0 and variance 1 over its real keypoints; no parameters."""
+
+    def center(self, x: Tensor, views: Views) -> Tensor:
+        """x (B, N, C) less its mean over the real keypoints of each view, narrowed: what to give to a linear layer in
+        front of the norm. The norm takes off the mean anyway, but bfloat16 would round with respect to it, and trained
+        networks have means of up to 26 standard deviations there."""
+        wide = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [part.to(wide.dtype) for part in views.split(x)]
+            x = torch.cat([part - weights @ part for part, weights in zip(parts, views.mean_weights(wide))], dim=1)
+        return narrow(x)
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N, C) -> (B, N, C); means and variances are taken in float32 or wider."""
@@ -133,8 +159,10 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N0 + N1, C_in) -> (B, N0 + N1, C_out)."""
-        for module in self:
-            if isinstance(module, InstanceNorm):
+        for module, following in itertools.pairwise([*self, None]):
+            if isinstance(following, InstanceNorm) and _is_cast(x):
+                x = module(following.center(x, views))
+            elif isinstance(module, InstanceNorm):
                 x = module(x, views)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 x = _batch_norm(module, x, views, self.together)
@@ -155,16 +183,63 @@ class KeypointEncoder(nn.Module):
         return self.encoder(torch.cat([norm_keypoints, scores.unsqueeze(-1)], dim=-1), views)
 
 
+def _goes_by_blocks(x: Tensor) -> bool:
+    """Whether attention is taken block by block, as products in bfloat16 with a softmax between.
+
+    On a CPU this is twice as fast as fused attention, which is no faster in bfloat16 than in float32. It is written
+    for matching alone.
+    """
+    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
+
+
+def _blocks(queries: Tensor, keys: Tensor, mask: Tensor | None, matrix: Tensor | None = None
+            ) -> Iterator[tuple[tuple, Tensor]]:
+    """Yield the attention matrix block by block: (b, head, queries), (n, M).
+
+    queries (B, heads, N, d), keys (B, heads, M, d), mask (B, 1, 1, M) bool or None: as `attend` takes them. matrix
+    (B, heads, N, M): the memory of the blocks; without, each takes that of the one before.
+    """
+    (n, dim), m = queries.shape[2:], keys.shape[2]
+    memory = queries.new_empty(min(BLOCK_ROWS, n), m)
+    bias = queries.new_zeros(len(queries), m)
+    if mask is not None:
+        bias.masked_fill_(~mask[:, 0, 0], -torch.inf)
+    for b, head, start in itertools.product(*map(range, queries.shape[:2]), range(0, n if m else 0, BLOCK_ROWS)):
+        place = b, head, slice(start, start + BLOCK_ROWS)
+        rows, columns = queries[place], keys[b, head].T
+        block = memory[:len(rows)] if matrix is None else matrix[place]
+        torch.addmm(bias[b], rows, columns, alpha=dim ** -0.5, out=block)
+        greatest = block.amax(dim=1, keepdim=True)
+        if greatest.max() > MOST_LOGIT:
+            torch.addmm(greatest, rows, columns, beta=-1, alpha=dim ** -0.5, out=block).add_(bias[b])
+        yield place, torch.softmax(block, dim=-1, out=block)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of queries (B, heads, N, d) and keys, values (B, heads, M, d): (B, heads, N, d).
+
+    mask (B, 1, 1, M) bool or None: which of the M take part.
+    """
+    if not _goes_by_blocks(queries):
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    messages = torch.empty_like(queries)
+    for (b, head, rows), block in _blocks(queries, keys, mask):
+        messages[b, head, rows] = block @ values[b, head]
+    return messages
+
+
 class Attention:
     """softmax(Q K^T / sqrt(d)) of one direction, by which this layer and later ones pass values of their own.
 
     queries (B, heads, N, d); keys (B, heads, M, d); keep (B, M) bool or None: which keypoints are keys (None: all).
     Where a sample has none, its messages are zero. is_shared: whether it is used more than once: the matrix is then
-    stored, on a CPU, in single precision and up to MAX_STORED entries; elsewhere it is faster to compute it again.
-    memory: the stored matrix of an earlier layer, not needed any more.
+    stored, on a CPU and up to MAX_STORED bytes; elsewhere it is faster to compute it again. So it is, used once or more,
+    for gradients in bfloat16: those of fused attention take several times as long. memory: the stored matrix of an
+    earlier layer, not needed any more.
     """
 
-    MAX_STORED = 2 ** 22
+    MAX_STORED = 2 ** 24
 
     def __init__(self, queries: Tensor, keys: Tensor, keep: Tensor | None, is_shared: bool,
                  memory: Tensor | None = None):
@@ -174,23 +249,32 @@ class Attention:
             self.any_key = keep.any(dim=1).view(-1, 1, 1, 1)
             # a row of a softmax needs an entry: where there is no key, all are let in
             self.mask = keep[:, None, None, :] | ~self.any_key
-        self.stored = None
-        if (is_shared and queries.device.type == "cpu" and queries.element_size() >= 4
+        self.stored, self.by_blocks = None, _goes_by_blocks(queries)
+        if ((is_shared or (queries.dtype == torch.bfloat16 and torch.is_grad_enabled()))
+                and queries.device.type == "cpu" and queries.dtype != torch.float16
                 and not torch.compiler.is_compiling()
-                and queries.shape[:3].numel() * keys.shape[2] <= self.MAX_STORED):
-            self.stored = self._matrix(memory)
+                and queries.shape[:3].numel() * keys.shape[2] * queries.element_size() <= self.MAX_STORED):
+            self.stored = self._matrix(queries.dtype, memory)
 
-    def _matrix(self, memory: Tensor | None = None) -> Tensor:
-        """(B, heads, N, M), in float32 or wider; in `memory` if it fits: new memory costs as much as a softmax."""
+    def _matrix(self, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        """(B, heads, N, M); in `memory` if it fits: new memory costs as much as a softmax."""
+        shape = *self.queries.shape[:3], self.keys.shape[2]
+        if torch.is_grad_enabled() or (memory is not None and (memory.dtype, memory.shape) != (dtype, shape)):
+            memory = None
         with torch.autocast(self.queries.device.type, enabled=False):
-            dtype = torch.promote_types(self.queries.dtype, torch.float32)
+            if dtype == torch.bfloat16 and torch.is_grad_enabled():
+                queries, keys = self.queries.flatten(0, 1), self.keys.flatten(0, 1).mT
+                with torch.no_grad():  # which is taken off, as bfloat16 keeps no more than halves of a logit of 100
+                    greatest = (queries * queries.shape[-1] ** -0.5 @ keys).amax(dim=-1, keepdim=True)
+                logits = torch.baddbmm(greatest, queries, keys, beta=-1, alpha=queries.shape[-1] ** -0.5).view(shape)
+                return torch.softmax(logits if self.mask is None else logits.masked_fill(~self.mask, -torch.inf), -1)
+            if dtype == torch.bfloat16:
+                memory = self.queries.new_empty(shape) if memory is None else memory
+                for _ in _blocks(self.queries, self.keys, self.mask, memory):
+                    pass
+                return memory
             queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
-            keys = self.keys.to(dtype).transpose(2, 3)
-            if (memory is not None and not torch.is_grad_enabled() and memory.dtype == dtype
-                    and memory.shape == (*queries.shape[:3], keys.shape[3])):
-                logits = torch.matmul(queries, keys, out=memory)
-            else:
-                logits = queries @ keys
+            logits = torch.matmul(queries, self.keys.to(dtype).transpose(2, 3), out=memory)
             if self.mask is not None:
                 logits.masked_fill_(~self.mask, -torch.inf)
             return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
@@ -200,7 +284,7 @@ class Attention:
         if self.keys.shape[2] == 0:
             return torch.zeros_like(self.queries)
         if self.stored is None:
-            messages = F.scaled_dot_product_attention(self.queries, self.keys, values, attn_mask=self.mask)
+            messages = attend(self.queries, self.keys, values, self.mask)
         else:
             messages = self.stored.to(values.dtype) @ values
         return messages if self.any_key is None else messages * self.any_key
@@ -208,9 +292,16 @@ class Attention:
     def received_mass(self, query_mask: Tensor | None) -> Tensor:
         """Attention each keypoint receives, summed over heads and real queries (query_mask (B, N)): (B, M), sum 1."""
         with torch.no_grad(), torch.autocast(self.queries.device.type, enabled=False):
-            matrix = self._matrix() if self.stored is None else self.stored
-            weights = matrix.new_ones(1) if query_mask is None else query_mask[:, None, None, :].to(matrix.dtype)
-            mass = (weights.expand(*matrix.shape[:2], 1, matrix.shape[2]) @ matrix).sum(dim=(1, 2))
+            wide = torch.promote_types(self.queries.dtype, torch.float32)
+            weights = self.queries.new_ones(1) if query_mask is None else query_mask[:, None, None, :]
+            weights = weights.to(wide).expand(*self.queries.shape[:2], 1, self.queries.shape[2])
+            if self.stored is None and self.by_blocks:
+                mass = weights.new_zeros(len(self.keys), self.keys.shape[2])
+                for (b, head, rows), block in _blocks(self.queries, self.keys, self.mask):
+                    mass[b] += weights[b, head, 0, rows] @ block.to(wide)
+            else:
+                matrix = self._matrix(wide) if self.stored is None else self.stored.to(wide)
+                mass = (weights @ matrix).sum(dim=(1, 2))
             return mass / mass.sum(dim=-1, keepdim=True)
 
     def select(self, queries: Tensor, keys: Tensor) -> "Attention":
@@ -243,8 +334,9 @@ class AttentionLayer(nn.Module):
         """
         def project(layer: nn.Linear) -> tuple[Tensor, ...]:
             """(B, heads, N_v, d) of each view."""
-            return views.split(layer(x).unflatten(2, (N_HEADS, -1)).transpose(1, 2), dim=2)
+            return views.split(layer(narrowed).unflatten(2, (N_HEADS, -1)).transpose(1, 2), dim=2)
 
+        narrowed = narrow(x)
         sources = (1, 0) if cross else (0, 1)
         if self.shares:
             values, merge = project(self.proj), self.merge
@@ -256,4 +348,4 @@ class AttentionLayer(nn.Module):
                               for v, source in enumerate(sources))
         message = torch.cat([attention[v].messages(values[source]) for v, source in enumerate(sources)], dim=2)
         message = merge(message.transpose(1, 2).flatten(2))
-        return x + self.mlp(torch.cat([x, message], dim=-1), views), attention
+        return x + self.mlp(torch.cat([narrowed, message], dim=-1), views), attention

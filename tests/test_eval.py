@@ -849,7 +849,7 @@ def test_what_only_the_loop_cannot_do_is_left_out_of_all_rows_and_said(scene, we
 
 def test_a_picture_that_fails_does_not_end_the_others(scene, tmp_path):
     pair_set = list_set(scene, [make_pair(0, 1), make_pair(0, 2)])
-    methods = {"mine": Method(failing_at(3, "odd"))}
+    methods = {"mine": Method(failing_at(4, "odd"))}  # the first pair is matched twice
     results, _ = evaluate(pair_set, methods, [MAGSAC])
     failed = eval_imp.write_pictures(tmp_path, pair_set, methods, results[MAGSAC], MAGSAC, 2)
     assert failed == [("pairs_easy.png", "ValueError: odd")] and (tmp_path / "pairs_hard.png").exists()

@@ -18,7 +18,7 @@ from eval.export_colmap import nearest_pairs
 from eval.image_matcher import ImageMatcher
 from tools.cli import run
 from tools.covisibility import scene_info_from_depth
-from tools.files import read_image, read_json, write_image
+from tools.files import read_image, read_json, write_image, write_json
 from tools.geometry import colmap_to_opencv_K, essential_matrix, make_pose, opencv_to_colmap_K, relative_pose
 from tools.metrics import pose_error
 from tools.pair_list import Pair, write_pair_list
@@ -367,6 +367,23 @@ def test_other_settings_are_refused(photos, tmp_path, capsys, change, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert (tmp_path / "out/database.db").read_bytes() == before
+
+
+def test_a_database_is_resumed_in_its_precision(photos, tmp_path, capsys):
+    def used():
+        return read_json(tmp_path / "out/settings.json")["precision"]
+
+    options = photos, tmp_path / "out", "--focal", 300, "--weights", WEIGHTS, "--max_keypoints", 60
+    assert command(*options, "--precision", "bfloat16") == 0 and used() == "bfloat16"
+    assert command(*options) == 0 and used() == "bfloat16"
+    # of an earlier version: made in float32
+    settings = read_json(tmp_path / "out/settings.json")
+    del settings["precision"]
+    write_json(tmp_path / "out/settings.json", settings)
+    capsys.readouterr()
+    assert command(*options, "--precision", "bfloat16") == 2
+    assert "was made with precision float32, now it is bfloat16" in capsys.readouterr().err
+    assert command(*options) == 0 and used() == "float32"
 
 
 def test_an_image_that_changed_is_refused(photos, tmp_path, capsys):

@@ -442,7 +442,9 @@ def test_the_table_and_the_page_of_a_folder(scene, tmp_path, capsys):
 def test_results_of_the_first_version_name_their_model(tmp_path):
     settings = {"matching_method": "IMP", "feature_type": "sift", "weights": "w.pth", "version": 1}
     np.savez(tmp_path / "a_b.npz", version=1, settings=json.dumps(settings))
-    assert match_images.model_used_before(tmp_path) == ("IMP", "sift", "w.pth")
+    assert match_images.settings_used_before(tmp_path, None) == settings
+    assert match_images.settings_used_before(tmp_path, "IMP") == settings
+    assert match_images.settings_used_before(tmp_path, "EIMP") == {}
     assert match_images.read_complete(tmp_path / "a_b", settings, []) is None
 
 

@@ -694,6 +694,18 @@ def test_a_gpu_that_only_emulates_bfloat16_is_refused(monkeypatch):
         trainer.Trainer({"batch_size": 2, "norm_fn": "in", "precision": "bfloat16"}, Job(0, 1, torch.device("cuda:0")))
 
 
+def test_tf32_is_set_while_training_runs(setup, tmp_path, monkeypatch):
+    seen, step = [], trainer.Trainer._step
+    monkeypatch.setattr(trainer, "check_precision", lambda precision, device: precision)  # as on a GPU
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda self, batch: seen.append(
+        torch.get_float32_matmul_precision()) or step(self, batch))
+    for precision, state in (("tf32", "high"), ("float32", "highest")):  # the same run: resumed in another precision
+        train_with(setup, "--precision", precision, "--its_per_epoch", 2, "--epochs", 1 + len(seen) // 2, "--save_path",
+                   tmp_path, "--resume_path", tmp_path)
+        assert seen[-2:] == [state] * 2 and torch.get_float32_matmul_precision() == "highest"
+    assert len(seen) == 4
+
+
 def test_deterministic_algorithms_on_request(setup, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # to be put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

@@ -18,7 +18,7 @@ from tools.locks import locked
 
 FORMAT = "imp-dump"
 VERSION = 1
-IMPLIED = {"align_corners": True, "inlier_th": 5.0}
+IMPLIED = {"align_corners": True, "inlier_th": 5.0, "precision": "float32"}
 MOST_PAIRS = 10 ** 7  # of a scene: they are shuffled in memory
 
 
@@ -88,9 +88,10 @@ def check_settings(made: dict, wanted: dict, where) -> None:
     made = check_fields({"settings": {}, **made}, {"settings": MANIFEST_FIELDS["settings"]}, where)
     made, wanted = ({**content, **content.get("settings", {}), "settings": None} for content in (made, wanted))
     for name in {**wanted, **made}:
-        if made.get(name, IMPLIED.get(name)) != wanted.get(name):
-            raise InputError(f"{where} was made with {name} {made.get(name)}, now it is {wanted.get(name)}: "
-                             "give the same settings, or write elsewhere")
+        before, now = made.get(name, IMPLIED.get(name)), wanted.get(name)
+        if before != now:
+            raise InputError(f"{where} was made with {name} {before}, now it is {now}: give the same settings, or "
+                             "write elsewhere")
 
 
 def claim(path, manifest: dict) -> None:

@@ -6,6 +6,7 @@ from tools.cli import MOST_KEYPOINTS, InputError
 from tools.config import load_config, overlay
 from tools.correspondences import ONLINE_INLIER_TH
 from tools.features import FEATURE_TYPES
+from tools.precision import PRECISIONS
 
 MOST = 2 ** 31
 
@@ -92,8 +93,8 @@ SETTINGS = {
     "pose_start": Setting(20000, "steps after which the pose loss begins: matches are then good enough"),
     # machine
     "gpu": Setting([], "numbers of GPUs; []: all there are, or the CPU; -1: the CPU"),
-    "precision": Setting("float32", "bfloat16: autocast; assignment and pose stay in float32 or wider",
-                         choices=("float32", "bfloat16")),
+    "precision": Setting("float32", "bfloat16: autocast; assignment and pose stay in float32 or wider; tf32: products "
+                                    "of float32 on a GPU", choices=PRECISIONS),
     "compile": Setting(False, "torch.compile of the network"),
     "deterministic": Setting(False, "the same run gives the same weights to the bit on GPUs too, more slowly"),
     "workers": Setting(4, "processes that make samples, over all processes of the job", 0, 1024),

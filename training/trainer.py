@@ -22,6 +22,7 @@ from tools.distributed import Job
 from tools.features import FEATURE_TYPES
 from tools.files import check_folder, remove_strays, write_json
 from tools.locks import locked
+from tools.precision import autocast, check_precision, tf32
 from training.data import end_workers, make_loader, step_batches
 from training.monitor import Monitor
 from training.sources import training_samples, validation_samples
@@ -83,10 +84,7 @@ class Trainer:
             raise InputError(f"batch_size {config['batch_size']} does not divide over {job.world_size} processes")
         if config["norm_fn"] == "bn" and job.world_size > 1 and job.device.type == "cpu":
             raise InputError("norm_fn bn with several processes needs GPUs: batch statistics are not shared on the CPU")
-        if config["precision"] == "bfloat16" and job.device.type == "cuda" and not torch.cuda.is_bf16_supported(
-                including_emulation=False):
-            raise InputError(f"precision bfloat16: {torch.cuda.get_device_name(job.device)} has none and would only "
-                             "emulate it; train in float32")
+        self.precision = check_precision(config["precision"], job.device)
         if config["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU multiplies for the first time
             torch.use_deterministic_algorithms(True)
@@ -170,7 +168,8 @@ class Trainer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.signal(number, lambda *_: self.stop.set())
         try:
-            return self._run()
+            with tf32(self.precision):
+                return self._run()
         finally:
             end_workers(self.batches)
             for number, handler in previous.items():
@@ -219,9 +218,6 @@ class Trainer:
             self.validation_due = False
         self.save(*names)
 
-    def _autocast(self):
-        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.config["precision"] == "bfloat16")
-
     def _next_batch(self) -> dict | None:
         """The next batch, on its way to the device; None after the last."""
         start = time.perf_counter()
@@ -244,7 +240,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with autocast(self.precision, self.job.device):
             out = self.parallel(batch, pose_weight=pose_weight, pose_clamp=config["pose_clamp"],
                                 pose_form=config["pose_form"])
         out["loss"].backward()
@@ -299,7 +295,7 @@ class Trainer:
         """Log what validation says, with poses and pictures if due; whether the loss is the best so far."""
         config, with_pose = self.config, self.config["do_eval"] and due
         self.model.eval()
-        with self._autocast():
+        with autocast(self.precision, self.job.device):
             numbers, skipped = validate(self.model, self.val_samples, self.job, config["val_pairs"],
                                         config["batch_size"], with_pose)
         self.skipped.update(skipped)
@@ -310,7 +306,7 @@ class Trainer:
             self.monitor.log_validation(self.step, numbers)
         if self.monitor and with_pose and config["val_images"]:
             try:
-                with self._autocast():
+                with autocast(self.precision, self.job.device):
                     pictures = match_pictures(self.model, self.val_samples, config["val_images"], self.job.device)
                 self.monitor.log_pictures(self.step, pictures)
             except InputError as error:  # which is no reason to end a run
