@@ -234,9 +234,9 @@ class Attention:
 
     queries (B, heads, N, d); keys (B, heads, M, d); keep (B, M) bool or None: which keypoints are keys (None: all).
     Where a sample has none, its messages are zero. is_shared: whether it is used more than once: the matrix is then
-    stored, on a CPU and up to MAX_STORED bytes; elsewhere it is faster to compute it again. So it is, used once or more,
-    for gradients in bfloat16: those of fused attention take several times as long. memory: the stored matrix of an
-    earlier layer, not needed any more.
+    stored, on a CPU and up to MAX_STORED bytes; elsewhere it is faster to compute it again. For gradients in bfloat16
+    it is stored however often it is used: those of fused attention take far longer. memory: the stored matrix
+    of an earlier layer, not needed any more.
     """
 
     MAX_STORED = 2 ** 24
