@@ -260,9 +260,7 @@ class Trainer:
             if config["clip_grad"]:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config["clip_grad"], grad_norm)
             self.optimizer.step()
-        if self.monitor:
-            values |= {"lr": lr, "skipped_steps": len(self.bad)}
-            self.monitor.log_step(self.step, values, per_iteration, waited)
+        self._log({**values, "lr": lr, "skipped_steps": len(self.bad)}, per_iteration, waited)
         return following, "stopped" if interrupted else "time is up" if late else ""
 
     def _read(self, flags: list, out: dict) -> tuple[list[bool], dict, dict]:
@@ -279,6 +277,10 @@ class Trainer:
         flat = self.job.mean(flat).cpu().numpy()
         flags, values, arrays = np.split(flat, [len(flags), len(scalars)])
         return (flags > 0).tolist(), dict(zip(names, values.tolist())), dict(zip(each, arrays.reshape(len(each), -1)))
+
+    def _log(self, values: dict, per_iteration: dict, waited: float) -> None:
+        if self.monitor:
+            self.monitor.log_step(self.step, values, per_iteration, waited)
 
     def _skip(self, batch: dict, names: list[str]) -> None:
         """Leave out a step whose loss or gradient is not finite, in all processes; too many in an epoch end the run."""
