@@ -36,7 +36,7 @@ from dump.command import add_common_options, finish_report, report_verified, wri
 from dump.features import check_name, extract_missing, extractor, weights_of
 from dump.raw_pairs import View, list_pairs, read_camera
 from dump.verify import verify_eval
-from dump.workers import available_cores, parse_shard, stop_on_sigterm, under_torchrun, wait_for_all
+from dump.workers import available_cores, parse_shard, under_torchrun, wait_for_all
 from tools.cli import InputError, OutputError, describe_error, reason, report_skipped, run
 from tools.config import overlay, parse_overrides, read_config
 from tools.correspondences import depth_at
@@ -46,7 +46,7 @@ from tools.geometry import essential_matrix, relative_pose, resize_keypoints
 from tools.locks import locked
 from tools.manifest import check_settings, claim
 from tools.original import from_dump_config, is_dump_config
-from tools.processes import peak_memory_mb, worker_pool
+from tools.processes import peak_memory_mb, stop_on_sigterm, worker_pool
 from tools.records import Field, read_record, write_record
 
 FORMAT = "imp-eval"

@@ -23,12 +23,12 @@ from dump.features import extract_missing, extractor
 from dump.keypoints import ImageTask, Recipe
 from dump.matches import MIN_WITH_DEPTH, match_numbers, read_view, write_matches
 from dump.verify import verify_dump
-from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
+from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, wait_for_all
 from tools.cli import InputError, report_skipped, run
 from tools.features import FEATURE_TYPES
 from tools.files import read_lines, write_json
 from tools.manifest import claim, keypoint_path, match_path, read_scene, scene_path
-from tools.processes import peak_memory_mb, worker_pool
+from tools.processes import peak_memory_mb, stop_on_sigterm, worker_pool
 from tools.records import KEYPOINT_FIELDS
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dump.scenes.render import Atlas, Rectangles, render
 from dump.scenes.world import build_world, place_cameras
-from dump.workers import available_cores, stop_on_sigterm
+from dump.workers import available_cores
 from tools.cli import InputError, run
 from tools.covisibility import scene_info_from_depth
 from tools.files import (
@@ -32,7 +32,7 @@ from tools.files import (
 )
 from tools.geometry import opencv_to_colmap_K
 from tools.manifest import check_fields, check_settings
-from tools.processes import in_order, worker_pool
+from tools.processes import in_order, stop_on_sigterm, worker_pool
 from tools.scene_info import write_scene_info
 
 VERSION = 1  # of what is drawn: other pictures for the same settings need another number

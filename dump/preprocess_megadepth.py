@@ -28,12 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dump.command import writing
-from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, stop_on_sigterm, wait_for_all
+from dump.workers import add_scene_shard, available_cores, deal, parse_shard, run_scenes, wait_for_all
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.covisibility import axis_angles, pair_matrices
 from tools.extras import import_pycolmap
 from tools.files import MAX_PIXELS, below, check_file, check_folder, header_size, read_image
 from tools.geometry import is_camera_matrix, make_pose, project
+from tools.processes import stop_on_sigterm
 from tools.scene_info import MATRIX_FIELDS, OBJECT_FIELDS, write_scene_info
 
 ARCHIVE_ROOT = "phoenix/S6/zl548"

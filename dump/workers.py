@@ -1,7 +1,6 @@
 """Work shared among processes, and among machines (--shard I/N, or torchrun's processes); the loop over scenes."""
 import os
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -70,11 +69,3 @@ def available_cores() -> int:
     """Cores that this process may use; under torchrun, its share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"] if under_torchrun() else 1))
-
-
-def stop_on_sigterm() -> None:
-    """Let SIGTERM end a command as Ctrl-C does: temporary files go, the exit status is 130."""
-    def stop(number, frame):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)  # a shell starts what it runs in the background with SIGINT ignored

@@ -40,6 +40,14 @@ def start_worker() -> None:
         os._exit(1)
 
 
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end a command as Ctrl-C does: temporary files go, the exit status is 130."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)  # a shell starts what it runs in the background with SIGINT ignored
+
+
 class WorkerPool(ProcessPoolExecutor):
     """A pool of processes that are spawned, not forked: the parent may hold threads of OpenCV or a GPU."""
 

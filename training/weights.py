@@ -8,7 +8,6 @@ divide the minutes; each ends when its time is over, and is not taken up again. 
 """
 import argparse
 import contextlib
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from tools.cli import InputError, number, run, whole_number
 from tools.files import read_json, write_bytes, write_json
 from tools.manifest import check_fields
 from tools.pretrained import find_pretrained
+from tools.processes import stop_on_sigterm
 from training.config import load_train_config
 from training.state import read_state
 
@@ -173,10 +173,6 @@ def evaluate(scannet: Path | None, limit: int) -> None:
               + (": better on each" if all(low > 0 for low, _ in gains.values()) else ": not better on each"))
 
 
-def stop(number, frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="training.weights", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
@@ -190,7 +186,7 @@ def main(argv=None) -> int:
     load_train_config(CONFIG, keys)  # a mistake in them must not show after the data are made
     if not args.photos.is_dir():
         raise InputError(f"--photos {args.photos} is not a folder")
-    signal.signal(signal.SIGTERM, stop)
+    stop_on_sigterm()
     clock = Clock(RUNS / "clock.json", args.minutes)
     make_data(clock, args.photos, args.kitchen)
     train_networks(clock, keys)
