@@ -76,10 +76,14 @@ def to_camera_coordinates(keypoints: np.ndarray, K: np.ndarray) -> np.ndarray:
     return rays[:, :2] / rays[:, 2:]
 
 
+def to_rays(keypoints: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Pixels (N, 2) -> rays (N, 3) in the camera's frame, of z = 1."""
+    return np.c_[to_camera_coordinates(keypoints, K), np.ones(len(keypoints))]
+
+
 def lift(keypoints: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Keypoints (N, 2) with depth (N,) -> world points (N, 3); K (3, 3) in the keypoints' convention."""
-    rays = np.c_[to_camera_coordinates(keypoints, K), np.ones(len(keypoints))]
-    points = rays * np.asarray(depth, np.float64)[:, None]
+    points = to_rays(keypoints, K) * np.asarray(depth, np.float64)[:, None]
     return (points - pose[:3, 3]) @ pose[:3, :3]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import poselib
 
 from tools.extras import import_pycolmap
-from tools.geometry import to_camera_coordinates
+from tools.geometry import to_camera_coordinates, to_rays
 
 CONFIDENCE = 0.99999
 # Instead of OpenCV's default of 1000: where half of the matches are right, confidence ends the search before either;
@@ -124,9 +124,8 @@ def translation_is_determined(points0, points1, K0, K1, R, threshold: float) -> 
     turned on the spot, have a pose with an arbitrary translation; a few near points in front of a far background are
     enough for a true one.
     """
-    rays0, rays1 = (np.c_[to_camera_coordinates(points, K), np.ones(len(points))]
-                    for points, K in ((points0, K0), (points1, K1)))
-    rays0, rays1 = (rays / np.linalg.norm(rays, axis=1, keepdims=True) for rays in (rays0, rays1))
+    rays0, rays1 = (rays / np.linalg.norm(rays, axis=1, keepdims=True)
+                    for rays in (to_rays(points0, K0), to_rays(points1, K1)))
     focal = np.array([K1[0][0], K1[1][1]])
 
     def distances(R):
@@ -151,8 +150,7 @@ def direction_uncertainty(points0, points1, K0, K1, R, t) -> float:
     points0/1 (N, 2): inliers in pixels, N >= 5; R (3, 3), t (3,) of unit length: their pose. To first order: least
     squares of Sampson errors (Hartley and Zisserman, Multiple View Geometry, 11.4) over rotation and direction.
     """
-    x0, x1 = (np.c_[to_camera_coordinates(points, K), np.ones(len(points))]
-              for points, K in ((points0, K0), (points1, K1)))
+    x0, x1 = to_rays(points0, K0), to_rays(points1, K1)
     turned = x0 @ np.asarray(R).T
     line0, line1 = np.cross(x1, t) @ R, np.cross(t, turned)
     focal0, focal1 = ([K[0][0], K[1][1]] for K in (K0, K1))

@@ -17,7 +17,7 @@ from tools.correspondences import depth_at
 from tools.distributed import one_thread
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import IMAGE_SUFFIXES, read_depth, read_image
-from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_camera_coordinates
+from tools.geometry import colmap_to_opencv_K, make_pose, opencv_to_colmap_K, relative_pose, to_rays
 from tools.scene_info import candidate_pairs, list_scenes, load_scene_info
 from training.data import Draws, Labels, Pair
 from training.views import change_light, photo_camera, photo_depth, transform, turned_camera, warp
@@ -170,6 +170,6 @@ class SceneSource(_ViewSource):
         for name in ("keypoints", "scores", "descriptors"):
             view[name] = view[name][inside]
         in_image = in_image[inside]
-        rays = np.c_[to_camera_coordinates(in_image, image_K), np.ones(len(in_image))]
         return {**view, "K": K, "pose": make_pose(R, [0, 0, 0]) @ info["poses"][i],
-                "depth": depth_at(depth, in_image) * (rays @ R[2]), "image_path": info["image_paths"][i]}
+                "depth": depth_at(depth, in_image) * (to_rays(in_image, image_K) @ R[2]),
+                "image_path": info["image_paths"][i]}

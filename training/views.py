@@ -7,7 +7,7 @@ All K here are for OpenCV's pixel convention.
 import cv2
 import numpy as np
 
-from tools.geometry import make_pose, to_camera_coordinates
+from tools.geometry import make_pose, to_rays
 
 MAX_ROLL = 45.0  # degrees in the image plane, either way ...
 WILD_ROLL = 0.1  # ... but for this share of the views, which stand anyhow
@@ -57,8 +57,7 @@ def photo_camera(photo_size: tuple[int, int], view_size: tuple[int, int], rng: n
 def photo_depth(keypoints: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Depth (N,) of the plane z = 0 at keypoints (N, 2) of a camera; 0 where their rays do not meet it."""
     R, t = pose[:3, :3], pose[:3, 3]
-    rays = np.c_[to_camera_coordinates(keypoints, K), np.ones(len(keypoints))]
-    along = rays @ R[:, 2]  # the normal of the plane in camera coordinates is R[:, 2]
+    along = to_rays(keypoints, K) @ R[:, 2]  # the normal of the plane in camera coordinates is R[:, 2]
     with np.errstate(divide="ignore"):
         depth = (R[:, 2] @ t) / along
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0)
