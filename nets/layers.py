@@ -42,10 +42,10 @@ class Views:
     def mean_weights(self, x: Tensor) -> list[Tensor]:
         """What makes the mean over a view's real keypoints a matrix product: (B, 1, N_v), 0 where none is real.
 
-        x (B, ...): of the type that they are to have. They are the same for every layer, and made once.
+        Of the type of x (B, ...), float32 or wider. They are the same for every layer, and made once.
         """
         if self._weights is None:
-            self._weights = []
+            self._weights, x = [], x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
             for n, mask in zip(self.sizes, self.masks):
                 real = x.new_ones(len(x), n) if mask is None else mask.to(x.dtype)
                 self._weights.append((real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1))
@@ -106,18 +106,17 @@ class InstanceNorm(nn.Module):
         """x (B, N, C) less its mean over the real keypoints of each view, narrowed: what to give to a linear layer in
         front of the norm. The norm takes off the mean anyway, but bfloat16 would round with respect to it, and trained
         networks have means of up to 26 standard deviations there."""
-        wide = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            parts = [part.to(wide.dtype) for part in views.split(x)]
-            x = torch.cat([part - weights @ part for part, weights in zip(parts, views.mean_weights(wide))], dim=1)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            parts = zip(views.split(x), views.mean_weights(x))
+            x = torch.cat([part - weights @ part for part, weights in parts], dim=1)
         return narrow(x)
 
     def forward(self, x: Tensor, views: Views) -> Tensor:
         """x (B, N, C) -> (B, N, C); means and variances are taken in float32 or wider."""
-        wide = x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             return torch.cat([_Standardize.apply(*view) for view in zip(
-                views.split(x), views.mean_weights(wide), views.masks)], dim=1)
+                views.split(x), views.mean_weights(x), views.masks)], dim=1)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor, views: Views, together: bool) -> Tensor:
@@ -262,19 +261,17 @@ class Attention:
         if torch.is_grad_enabled() or (memory is not None and (memory.dtype, memory.shape) != (dtype, shape)):
             memory = None
         with torch.autocast(self.queries.device.type, enabled=False):
-            if dtype == torch.bfloat16 and torch.is_grad_enabled():
-                queries, keys = self.queries.flatten(0, 1), self.keys.flatten(0, 1).mT
-                with torch.no_grad():  # which is taken off, as bfloat16 keeps no more than halves of a logit of 100
-                    greatest = (queries * queries.shape[-1] ** -0.5 @ keys).amax(dim=-1, keepdim=True)
-                logits = torch.baddbmm(greatest, queries, keys, beta=-1, alpha=queries.shape[-1] ** -0.5).view(shape)
-                return torch.softmax(logits if self.mask is None else logits.masked_fill(~self.mask, -torch.inf), -1)
-            if dtype == torch.bfloat16:
+            if dtype == torch.bfloat16 and not torch.is_grad_enabled():
                 memory = self.queries.new_empty(shape) if memory is None else memory
                 for _ in _blocks(self.queries, self.keys, self.mask, memory):
                     pass
                 return memory
             queries = (self.queries * self.queries.shape[-1] ** -0.5).to(dtype)
             logits = torch.matmul(queries, self.keys.to(dtype).transpose(2, 3), out=memory)
+            if dtype == torch.bfloat16:  # which keeps no more than halves of 100: taken again, less the greatest
+                greatest = logits.detach().amax(dim=-1, keepdim=True).flatten(0, 1)
+                queries, keys = self.queries.flatten(0, 1), self.keys.flatten(0, 1).mT
+                logits = torch.baddbmm(greatest, queries, keys, beta=-1, alpha=queries.shape[-1] ** -0.5).view(shape)
             if self.mask is not None:
                 logits.masked_fill_(~self.mask, -torch.inf)
             return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
