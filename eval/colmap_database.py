@@ -147,12 +147,12 @@ def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, s
     K0, K1 = opencv_to_colmap_K(K0), opencv_to_colmap_K(K1)
     kinds = colmap.TwoViewGeometryConfiguration
     geometry = colmap.TwoViewGeometry(inlier_matches=found.matches[found.inliers].astype(np.uint32))
-    E = essential_matrix(make_pose(found.R, found.t))
-    if not found.translation_determined:
-        geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
-    else:
+    if found.translation_determined:
+        E = essential_matrix(make_pose(found.R, found.t))
         geometry.config, geometry.F = kinds.UNCALIBRATED, np.linalg.inv(K1).T @ E @ np.linalg.inv(K0)
-    if found.knows_direction:
-        geometry.config, geometry.E = kinds.CALIBRATED, E
+        if found.knows_direction:
+            geometry.config, geometry.E = kinds.CALIBRATED, E
+    else:
+        geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
     geometry.cam2_from_cam1 = colmap.Rigid3d(np.c_[found.R, found.t * found.knows_direction])
     return geometry

@@ -158,13 +158,14 @@ class ImageMatcher:
         if result.inliers.any():
             points = pair.matched_keypoints(found.matches[result.inliers])
             result.planar = homography_explains(*points, threshold, seed)
-            result.translation_determined = not result.planar if fundamental is not None else \
-                translation_is_determined(*points, pair.K0, pair.K1, found.pose[0], threshold)
             if fundamental is None:
-                result.direction_uncertainty = direction_uncertainty(*points, pair.K0, pair.K1, *found.pose[:2])
-        if fundamental is not None and not result.planar:
-            F = view1.to_matched().T @ fundamental[0] @ view0.to_matched()
-            result.F = F / np.linalg.norm(F)
+                R, t, _ = found.pose
+                result.translation_determined = translation_is_determined(*points, pair.K0, pair.K1, R, threshold)
+                result.direction_uncertainty = direction_uncertainty(*points, pair.K0, pair.K1, R, t)
+            else:
+                result.translation_determined = not result.planar
+                F = view1.to_matched().T @ fundamental[0] @ view0.to_matched()
+                result.F = None if result.planar else F / np.linalg.norm(F)
         result.seconds = time.perf_counter() - start
         return result
 
