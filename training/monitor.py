@@ -11,7 +11,7 @@ from tools.files import write_image
 RATE_STEPS = 10  # steps between values of speed, and between those of each iteration
 
 
-def _precision_recall(counts: dict) -> dict:
+def precision_recall(counts: dict) -> dict:
     """Of the matches that the counts of a matcher's forward stand for: numbers, or arrays (L,) of each iteration's."""
     return {"precision": counts["acc_corr"] / np.maximum(counts["total_matches"], 1e-9),
             "recall": counts["acc_corr"] / np.maximum(counts["total_acc_corr"], 1e-9)}
@@ -34,7 +34,7 @@ class Monitor:
 
     def log_step(self, step: int, values: dict, per_iteration: dict, waited: float) -> None:
         """Log a step. values: scalars by name; per_iteration: arrays (L,) by name; waited: seconds, for samples."""
-        values = {**values, **_precision_recall(values)}
+        values = {**values, **precision_recall(values)}
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
         self.waited.append(waited)
@@ -43,7 +43,7 @@ class Monitor:
             self.writer.add_scalar("speed/samples_per_second", RATE_STEPS * self.batch_size / (now - self.since), step)
             self.writer.add_scalar("speed/data_wait_share", sum(self.waited) / (now - self.since), step)
             self.since, self.waited = now, []
-            each = {**per_iteration, **_precision_recall(per_iteration),
+            each = {**per_iteration, **precision_recall(per_iteration),
                     "loss": per_iteration["matching_loss_corr"] + per_iteration["matching_loss_incorr"]}
             for name in ("loss", "precision", "recall", "pose_loss"):
                 for t, value in enumerate(each.get(name, ())):

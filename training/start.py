@@ -13,11 +13,13 @@ import torch
 from nets.assignment import assign
 from nets.losses import match_counts, matching_loss, targets_of
 from tools.cli import InputError, run, whole_number
-from tools.features import FEATURE_TYPES
+from tools.features import FEATURE_TYPES, Extractor
 from training.config import load_train_config
 from training.data import collate
+from training.monitor import precision_recall
 from training.sources import training_samples
 
+LOGIT_SCALE, BIN_SCORE, RESIDUAL = Extractor.warm_start  # where a feature type has none of its own
 SCALES = (15, 18, 20, 22, 25, 30, 39, 50)
 BINS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)  # similarities
 
@@ -38,8 +40,14 @@ def published_start(matcher) -> None:
     matcher.load_state_dict(state)
 
 
+def _gain(logit_scale: float, dim: int) -> float:
+    """Of a projection of unit descriptors that gives two equal ones this score."""
+    return (logit_scale * dim ** 0.5) ** 0.5
+
+
 @torch.no_grad()
-def warm_start(matcher, logit_scale: float = 39.0, bin_score: float = 30.0, residual: float = 0.02) -> None:
+def warm_start(matcher, logit_scale: float = LOGIT_SCALE, bin_score: float = BIN_SCORE,
+               residual: float = RESIDUAL) -> None:
     """Make an untrained matcher a nearest-neighbour matcher, in place.
 
     logit_scale: score of two equal unit descriptors, of which others have their similarity's share; bin_score: of the
@@ -47,7 +55,7 @@ def warm_start(matcher, logit_scale: float = 39.0, bin_score: float = 30.0, resi
     these add is noise at first, which grows from iteration to iteration.
     """
     dim = matcher.final_proj[0].weight.shape[0]
-    gain = (logit_scale * dim ** 0.5) ** 0.5
+    gain = _gain(logit_scale, dim)
     for proj in matcher.final_proj:
         proj.weight.copy_(gain * torch.eye(dim))
         proj.bias.zero_()
@@ -63,14 +71,13 @@ def starts(batch: dict, iterations: int) -> list[tuple]:
     targets, masks, found = targets_of(batch), (batch.get("mask0"), batch.get("mask1")), []
     descriptors = [batch[f"descriptors{v}"].float() for v in "01"]
     for scale in SCALES:
-        gain = (scale * descriptors[0].shape[2] ** 0.5) ** 0.5
+        gain = _gain(scale, descriptors[0].shape[2])
         for similarity in BINS:
             assignment = assign(*(gain * x for x in descriptors), torch.tensor(scale * similarity), True, iterations,
                                 *masks)
-            counts = match_counts(assignment, targets, 0.2)
+            counts = {name: count.item() for name, count in match_counts(assignment, targets, 0.2).items()}
             found.append((scale, scale * similarity, float(sum(matching_loss(assignment, targets))),
-                          float(counts["acc_corr"] / counts["total_matches"].clamp(min=1e-9)),
-                          float(counts["acc_corr"] / counts["total_acc_corr"].clamp(min=1e-9))))
+                          *precision_recall(counts).values()))
     return found
 
 
