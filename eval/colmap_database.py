@@ -1,6 +1,7 @@
 """A COLMAP database, filled an image and a pair at a time, and read back."""
 import os
 
+import cv2
 import numpy as np
 
 from eval.image_matches import ImageMatches, LoadedImage
@@ -130,8 +131,8 @@ class Database:
 def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, seed: int):
     """The pycolmap.TwoViewGeometry of a matched pair, or None if it has too few inliers.
 
-    From our pose where both cameras are known, with a translation of 0 where its direction is not known well enough.
-    Else as COLMAP verifies matches.
+    From our pose where both cameras are known: without one where the inliers do not determine it, and with a
+    translation of 0 where they do not determine its direction. Else as COLMAP verifies matches.
     """
     colmap = import_pycolmap()
     K0, K1 = known_K(camera0), known_K(camera1)
@@ -147,12 +148,17 @@ def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, s
     K0, K1 = opencv_to_colmap_K(K0), opencv_to_colmap_K(K1)
     kinds = colmap.TwoViewGeometryConfiguration
     geometry = colmap.TwoViewGeometry(inlier_matches=found.matches[found.inliers].astype(np.uint32))
-    if found.translation_determined:
+    if not found.translation_determined:
+        geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
+    elif found.planar:
+        points0, points1 = (keypoints[rows].astype(np.float64) + 0.5 for keypoints, rows in
+                            zip((found.keypoints0, found.keypoints1), found.matches[found.inliers].T))
+        geometry.config, geometry.H = kinds.PLANAR, cv2.findHomography(points0, points1, cv2.LMEDS)[0]
+    else:
         E = essential_matrix(make_pose(found.R, found.t))
         geometry.config, geometry.F = kinds.UNCALIBRATED, np.linalg.inv(K1).T @ E @ np.linalg.inv(K0)
         if found.knows_direction:
             geometry.config, geometry.E = kinds.CALIBRATED, E
-    else:
-        geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
-    geometry.cam2_from_cam1 = colmap.Rigid3d(np.c_[found.R, found.t * found.knows_direction])
+    if found.knows_rotation:
+        geometry.cam2_from_cam1 = colmap.Rigid3d(np.c_[found.R, found.t * found.knows_direction])
     return geometry

@@ -18,7 +18,7 @@ from tools.exif import read_exif
 from tools.features import FEATURE_TYPES, build_extractor
 from tools.files import read_image
 from tools.geometry import is_camera_matrix, make_pose, relative_pose, resize_keypoints, turn_keypoints, turn_pose
-from tools.pose import direction_uncertainty, translation_is_determined
+from tools.pose import pose_uncertainty, translation_is_determined
 from tools.precision import check_precision
 from tools.two_view import estimate_fundamental, homography_explains
 from tools.visualize import VIEW_SIDE, shrink
@@ -161,7 +161,8 @@ class ImageMatcher:
             if fundamental is None:
                 R, t, _ = found.pose
                 result.translation_determined = translation_is_determined(*points, pair.K0, pair.K1, R, threshold)
-                result.direction_uncertainty = direction_uncertainty(*points, pair.K0, pair.K1, R, t)
+                result.rotation_uncertainty, result.direction_uncertainty = pose_uncertainty(
+                    *points, pair.K0, pair.K1, R, t)
             else:
                 result.translation_determined = not result.planar
                 F = view1.to_matched().T @ fundamental[0] @ view0.to_matched()

@@ -17,7 +17,7 @@ VERSION = 2  # of the npz and of its content
 # of unrelated images, 26 was the most; of many random matches, 1% agree with some pose and 2% with some F
 # (docs/own_images.md)
 TRUSTED_INLIERS, TRUSTED_SHARE = 30, 0.05
-KNOWN_DIRECTION = 10.0  # degrees: of a translation that is more uncertain, the direction is not made use of
+KNOWN = 10.0  # degrees: a rotation, or the direction of a translation, that is more uncertain is not made use of
 
 
 @dataclass
@@ -65,9 +65,9 @@ class ImageMatches:
     iterative matching (eval.iterative), with poses for the images as stored; the matches are then the inliers alone if
     it stopped early. planar: one homography explains the inliers, which lie on a plane, or the camera turned on the
     spot; without K there is no F then. translation_determined: False where the camera turned on the spot, as far as the
-    inliers tell, so that t means nothing. direction_uncertainty: degrees that the direction of t may be off, of a pose
-    (`tools.pose.direction_uncertainty`). seconds: of matching and estimation.
-    trusted_share: of the matcher (`eval.methods.Matcher`).
+    inliers tell, so that t means nothing. rotation_uncertainty, direction_uncertainty: degrees that R and the direction
+    of t may be off, of a pose (`tools.pose.pose_uncertainty`). seconds: of matching and estimation. trusted_share: of
+    the matcher (`eval.methods.Matcher`).
     """
 
     view0: LoadedImage
@@ -88,6 +88,7 @@ class ImageMatches:
     stopped_early: bool = False
     steps: list[IterationStep] = field(default_factory=list)
     translation_determined: bool = True
+    rotation_uncertainty: float | None = None
     direction_uncertainty: float | None = None
     planar: bool = False
     seconds: float = 0.0
@@ -113,13 +114,19 @@ class ImageMatches:
         """"trusted", "doubtful", or "none" where nothing was found; `remark` says why."""
         if not self.inliers.any():
             return "none"
-        two_poses = self.R is not None and self.planar and self.translation_determined
-        return "doubtful" if two_poses or self._has_few_inliers() else "trusted"
+        unknown_pose = self.R is not None and not self.knows_rotation
+        return "doubtful" if unknown_pose or self._has_few_inliers() else "trusted"
+
+    @property
+    def knows_rotation(self) -> bool:
+        """Whether there is a pose that the inliers determine, but maybe for the direction of translation."""
+        two_poses = self.planar and self.translation_determined
+        return self.R is not None and not two_poses and self.rotation_uncertainty <= KNOWN
 
     @property
     def knows_direction(self) -> bool:
-        """Whether there is a pose of which the direction of translation means something."""
-        return self.R is not None and self.translation_determined and self.direction_uncertainty <= KNOWN_DIRECTION
+        """Whether there is a pose of which the direction of translation means something, too."""
+        return self.knows_rotation and self.translation_determined and self.direction_uncertainty <= KNOWN
 
     @property
     def remark(self) -> str:
@@ -133,7 +140,9 @@ class ImageMatches:
             remarks.append("a plane, or a rotation alone, explains the matches: the translation is not determined"
                            if self.R is None else
                            "a plane explains the matches: two poses fit, and this is one of them")
-        elif self.R is not None and not self.knows_direction:
+        if self.R is not None and self.rotation_uncertainty > KNOWN:
+            remarks.append(f"the rotation may be {self.rotation_uncertainty:.0f} degrees off")
+        elif self.knows_rotation and self.translation_determined and not self.knows_direction:
             remarks.append(f"the direction of the translation may be {self.direction_uncertainty:.0f} degrees off")
         return "; ".join(remarks)
 
@@ -155,6 +164,7 @@ class ImageMatches:
                 "inliers": int(np.sum(inliers)), "K_source0": self.K_source0, "K_source1": self.K_source1,
                 "rotation": None if self.R is None else round(rotation_angle(self.R), 2),
                 "translation_determined": None if self.verdict == "none" else self.translation_determined,
+                "rotation_uncertainty": self.rotation_uncertainty and round(self.rotation_uncertainty, 1),
                 "direction_uncertainty": self.direction_uncertainty and round(self.direction_uncertainty, 1),
                 "error_R": errors[1], "error_t": errors[0],
                 "iterations": self.n_iterations, "layers": self.n_layers, "seconds": round(self.seconds, 3)}

@@ -6,8 +6,9 @@
 Ground truth is a scene_info file, as dump.import_rgbd, dump.make_scenes and dump.preprocess_megadepth write it. All
 pairs of its images are matched with their true cameras, and COLMAP maps them. Each method has a folder of OUT with
 the database, the models and table.json; a method that has the last one is not run again. A pair is wrong if its
-rotation or the direction of its translation is more than 10 degrees off, where the database gives one: of a short
-baseline it does not. Errors of camera centres are those of the largest model, after the best similarity
+rotation or the direction of its translation is more than 10 degrees off, where the database gives them: no pose where
+the inliers do not determine one, and no direction of a short baseline. It has wrong matches if more than half of its
+inliers are wrong by the true pose. Errors of camera centres are those of the largest model, after the best similarity
 transform, in units of the ground truth.
 """
 import argparse
@@ -21,11 +22,12 @@ import numpy as np
 from eval.colmap_database import Database
 from eval.export_colmap import ImageSet, export, map_images
 from eval.image_matcher import ImageMatcher
+from eval.results import PRECISION_THRESHOLD
 from tools.cli import InputError, report_skipped, run, whole_number
 from tools.extras import import_pycolmap
 from tools.files import check_folder, read_json, write_json
 from tools.geometry import colmap_to_opencv_K, relative_pose
-from tools.metrics import pose_error
+from tools.metrics import match_errors, pose_error
 from tools.scene_info import load_scene_info
 
 WRONG = 10.0  # degrees
@@ -35,31 +37,42 @@ METHODS = {
     "LightGlue one-shot": {"matching_method": "LightGlue", "feature_type": "aliked", "one_shot": True},
     "LightGlue": {"matching_method": "LightGlue", "feature_type": "aliked"},
 }
-COLUMNS = {"verified": "verified pairs", "directed": "with direction", "wrong": "wrong",
-           "wrong_rotation": "in rotation", "images": "images", "points": "points", "track_length": "track length",
+COUNTED = {"verified": "verified pairs", "posed": "with pose", "directed": "with direction", "wrong": "wrong",
+           "wrong_rotation": "in rotation", "mismatched": "wrong matches"}
+COLUMNS = {**COUNTED, "images": "images", "points": "points", "track_length": "track length",
            "reprojection_error": "reprojection error (px)", "center_error": "error of camera centres",
            "seconds": "CPU seconds"}
 INLIERS = {f"at least {least} inliers": least for least in (30, 60, 100)}
 
 
 def judge_pairs(database: Database, poses: dict[str, np.ndarray]) -> dict:
-    """Numbers of verified pairs, and among them of those with a direction of translation, wrong ones, and those wrong
-    in rotation; also as "v, d, w, r" of pairs with at least so many inliers. poses (4, 4): world-to-camera, by name."""
-    colmap, names = database.colmap, {image_id: name for name, image_id in database.ids.items()}
+    """How many pairs COUNTED has of each kind; also in that order, in one text, of pairs with at least so many inliers.
+
+    poses (4, 4): world-to-camera, by name.
+    """
+    names = {image_id: name for name, image_id in database.ids.items()}
+    keypoints = {name: database.db.read_keypoints(image_id)[:, :2] for name, image_id in database.ids.items()}
+    K = {name: database.camera(name).calibration_matrix() for name in keypoints}
     judged = []
     for pair, geometry in zip(*database.db.read_two_view_geometries()):
-        pose0, pose1 = (poses[names[image_id]] for image_id in colmap.pair_id_to_image_pair(pair))
-        T = geometry.cam2_from_cam1.matrix()
-        error_t, error_R = pose_error(relative_pose(pose0, pose1), T[:, :3], T[:, 3])
-        directed, wrong_rotation = T[:, 3].any(), error_R > WRONG
-        wrong = wrong_rotation or (directed and error_t > WRONG)
-        judged.append((len(geometry.inlier_matches), True, directed, wrong, wrong_rotation))
-    judged = np.array(judged, int).reshape(-1, 5)
+        pair, matches = [names[i] for i in database.colmap.pair_id_to_image_pair(pair)], geometry.inlier_matches
+        true, found = relative_pose(*(poses[name] for name in pair)), geometry.cam2_from_cam1
+        directed = wrong = wrong_rotation = False
+        if found is not None:
+            T = found.matrix()
+            error_t, error_R = pose_error(true, T[:, :3], T[:, 3])
+            directed, wrong_rotation = T[:, 3].any(), error_R > WRONG
+            wrong = wrong_rotation or (directed and error_t > WRONG)
+        points = (keypoints[name][matches[:, view]] for view, name in enumerate(pair))
+        errors = match_errors(*points, *(K[name] for name in pair), true)
+        judged.append((len(matches), True, found is not None, directed, wrong, wrong_rotation,
+                       np.mean(errors < PRECISION_THRESHOLD) < 0.5))
+    judged = np.array(judged, int).reshape(-1, 1 + len(COUNTED))
 
     def count(least):
         return judged[judged[:, 0] >= least, 1:].sum(axis=0).tolist()
 
-    row = dict(zip(("verified", "directed", "wrong", "wrong_rotation"), count(0)))
+    row = dict(zip(COUNTED, count(0)))
     return row | {name: ", ".join(map(str, count(least))) for name, least in INLIERS.items()}
 
 
@@ -140,7 +153,7 @@ def main(argv=None) -> int:
             write_json(file, {**asked, "row": rows[method]})
     print(f"{len(names)} images, {math.comb(len(names), 2)} pairs")
     print(format_table(rows, COLUMNS))
-    print("verified pairs, those with direction, wrong ones, those wrong in rotation:")
+    print(f"{', '.join(COUNTED.values())}:")
     print(format_table(rows, {name: name for name in INLIERS}))
     return report_skipped(failed, "images or pairs")
 

@@ -196,8 +196,8 @@ def test_the_threshold_is_in_pixels_of_the_image_as_matched(scene, tmp_path):
 
 
 def test_a_pose_of_few_inliers_is_called_doubtful(scene):
-    images = [scene / "images" / name for name in NAMES[:2]]
-    found = ImageMatcher("NN_ratio", max_keypoints=400)(*images, *CAMERAS[:2])
+    images = [scene / "images" / name for name in NAMES[1:]]
+    found = ImageMatcher("NN_ratio", max_keypoints=400)(*images, *CAMERAS[1:])
     assert found.verdict == "trusted" and found.remark == ""
     for n_inliers, verdict in ((0, "none"), (29, "doubtful"), (30, "trusted")):
         few = replace(found, inliers=np.arange(len(found.matches)) < n_inliers)
@@ -239,7 +239,9 @@ def test_planes_and_rotations_are_named(turned_camera):
     assert known.translation_determined != turned_camera
     if turned_camera:
         assert known.verdict == "trusted" and known.remark == "a rotation alone explains the matches"
+        assert known.knows_rotation and not known.knows_direction
     else:
+        assert not known.knows_rotation and not known.knows_direction
         assert known.verdict == "doubtful" and known.remark.startswith("a plane explains the matches: two poses fit")
 
 
@@ -764,11 +766,16 @@ def test_two_identical_images_determine_no_translation(scene, capsys):
     assert describe_pose(found).endswith("translation (not determined); a rotation alone explains the matches")
     found.T_0to1 = np.eye(4)  # a true pose judges the rotation: the translation is arbitrary
     assert "(not determined); 0.0 degrees off; a rotation alone" in describe_pose(found)
-    found.translation_determined, found.planar, found.direction_uncertainty = True, False, 1.0
-    assert describe_pose(found).endswith("; 0.0 and 0.0 degrees off")
+    found.translation_determined, found.planar = True, False
+    found.rotation_uncertainty, found.direction_uncertainty = 1.0, 1.0
+    assert describe_pose(found).endswith("; 0.0 and 0.0 degrees off") and found.knows_direction
     found.direction_uncertainty = 14.8
-    assert found.verdict == "trusted" and not found.knows_direction and found.summary()["direction_uncertainty"] == 14.8
+    assert found.verdict == "trusted" and found.knows_rotation and not found.knows_direction
     assert describe_pose(found).endswith("; the direction of the translation may be 15 degrees off")
+    found.rotation_uncertainty = 11.4
+    assert found.verdict == "doubtful" and not found.knows_rotation and not found.knows_direction
+    assert describe_pose(found).endswith("off; the rotation may be 11 degrees off")
+    assert [found.summary()[f"{name}_uncertainty"] for name in ("rotation", "direction")] == [11.4, 14.8]
 
 
 @pytest.mark.parametrize("image, said", [

@@ -17,9 +17,9 @@ from tools.pose import (
     PROSAC_ITERATIONS,
     PUBLISHED_ESTIMATOR,
     SYSTEMATIC_ERROR,
-    direction_uncertainty,
     estimate_homography,
     estimate_pose,
+    pose_uncertainty,
     translation_is_determined,
 )
 
@@ -289,7 +289,7 @@ def test_a_translation_is_determined_by_what_no_rotation_explains(determined, vi
 
 def refine(keypoints0, keypoints1, T_0to1):
     """Rotation vector and shift of t from a pose of unit baseline that minimise the Sampson errors in pixels; how much
-    each depends on each error, (5, N)."""
+    each depends on each error, (5, N); the errors before."""
     tangents = np.linalg.svd(T_0to1[:3, 3][None])[2][1:].T
     x0, x1 = (np.c_[keypoints, np.ones(len(keypoints))] for keypoints in (keypoints0, keypoints1))
 
@@ -301,34 +301,39 @@ def refine(keypoints0, keypoints1, T_0to1):
         return np.sum(x1 * lines1, axis=1) / np.linalg.norm(np.c_[lines0[:, :2], lines1[:, :2]], axis=1)
 
     found = least_squares(errors, np.zeros(5), x_scale="jac")
-    return found.x, np.linalg.pinv(found.jac)
+    return found.x, np.linalg.pinv(found.jac), errors(np.zeros(5))
 
 
 @pytest.mark.parametrize("baseline", [1.0, 0.05])
-def test_uncertainty_is_what_the_worst_errors_do_to_a_direction(baseline):
+def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
     points = np.random.default_rng(0).uniform([-1.5, -1.5, 3], [1.5, 1.5, 9], (200, 3))
     R = Rotation.from_rotvec([4, -18, 6], degrees=True).as_matrix()
     T_0to1 = make_pose(R, baseline * np.array([0.96, 0, 0.28]))
     keypoints0, keypoints1 = project(points, K0, np.eye(4))[0], project(points, K1, T_0to1)[0]
     T_0to1[:3, 3] /= baseline
-    _, inverse = refine(keypoints0, keypoints1, T_0to1)
-    worst = np.degrees(np.linalg.norm(inverse[3:], 2) * SYSTEMATIC_ERROR * np.sqrt(200))
-    uncertainty = direction_uncertainty(keypoints0, keypoints1, K0, K1, R, T_0to1[:3, 3])
-    assert uncertainty == pytest.approx(worst, rel=1e-3)
-    assert (uncertainty > 10) is (baseline < 0.1)
+    _, inverse, _ = refine(keypoints0, keypoints1, T_0to1)
+    uncertainty = pose_uncertainty(keypoints0, keypoints1, K0, K1, R, T_0to1[:3, 3])
+    assert (uncertainty[1] > 10) is (baseline < 0.1)
 
-    # across the line of each keypoint, small enough for the first order: to one side of the image, the errors add up
-    rng, turns = np.random.default_rng(1), []
+    # across the line of each keypoint, small enough for the first order
     lines = np.c_[keypoints0, np.ones(200)] @ np.linalg.inv(K0).T @ essential_matrix(T_0to1).T @ np.linalg.inv(K1)
     across = lines[:, :2] / np.linalg.norm(lines[:, :2], axis=1, keepdims=True)
-    for pattern in (rng.normal(size=200), np.sign(keypoints0[:, 0] - 310), (keypoints0[:, 1] - 255) / 100):
-        errors = pattern / np.sqrt(np.mean(pattern ** 2)) * SYSTEMATIC_ERROR / 100
-        change, _ = refine(keypoints0, keypoints1 + across * errors[:, None], T_0to1)
-        turns.append(100 * np.degrees(np.linalg.norm(change[3:])))
-    assert max(turns) <= uncertainty and max(turns[1:]) > max(2 * turns[0], uncertainty / 5)
+    unit = 1e3 * refine(keypoints0, keypoints1 + 1e-3 * across, T_0to1)[2]
+
+    def turns(pattern):
+        errors = SYSTEMATIC_ERROR * pattern / np.sqrt(np.mean(pattern ** 2)) / 100
+        change, _, _ = refine(keypoints0, keypoints1 + across * (errors / unit)[:, None], T_0to1)
+        return 100 * np.degrees([np.linalg.norm(change[:3]), np.linalg.norm(change[3:])])
+
+    worst = [np.linalg.svd(rows)[2][0] for rows in (inverse[:3], inverse[3:])]
+    np.testing.assert_allclose([turns(pattern)[i] for i, pattern in enumerate(worst)], uncertainty, rtol=0.02)
+    rng = np.random.default_rng(1)
+    for pattern in (*rng.normal(size=(5, 200)), np.sign(keypoints0[:, 0] - 310), (keypoints0[:, 1] - 255) / 100):
+        assert np.all(turns(pattern) < uncertainty)
 
 
 def test_uncertainty_of_a_direction_that_nothing_tells():
     keypoints0, keypoints1, R = views_of(n_far=300)
-    assert direction_uncertainty(keypoints0, keypoints1, K0, K0, R, np.array([1.0, 0, 0])) == 180
-    assert direction_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0.6, 0.8])) == 180
+    keypoints0[0] = K0[:2, 2]
+    assert pose_uncertainty(keypoints0, keypoints1, K0, K0, R, np.array([1.0, 0, 0]))[1] == 180
+    assert pose_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0.6, 0.8]))[1] == 180
