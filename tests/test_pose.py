@@ -334,6 +334,7 @@ def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
 
 def test_uncertainty_of_a_direction_that_nothing_tells():
     keypoints0, keypoints1, R = views_of(n_far=300)
+    assert pose_uncertainty(keypoints0[:4], keypoints1[:4], K0, K0, R, np.array([1.0, 0, 0])) == (180, 180)
     keypoints0[0] = K0[:2, 2]
     assert pose_uncertainty(keypoints0, keypoints1, K0, K0, R, np.array([1.0, 0, 0]))[1] == 180
     assert pose_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0.6, 0.8]))[1] == 180

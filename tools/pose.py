@@ -147,9 +147,12 @@ def pose_uncertainty(points0, points1, K0, K1, R, t) -> tuple[float, float]:
     """How far the rotation, and the direction of the translation, may be off, in degrees: the most that errors of
     SYSTEMATIC_ERROR pixels, root mean square, turn them, whatever their pattern.
 
-    points0/1 (N, 2): inliers in pixels, N >= 5; R (3, 3), t (3,) of unit length: their pose. To first order: least
-    squares of Sampson errors (Hartley and Zisserman, Multiple View Geometry, 11.4) over rotation and direction.
+    points0/1 (N, 2): inliers in pixels; R (3, 3), t (3,) of unit length: their pose. To first order: least squares of
+    Sampson errors (Hartley and Zisserman, Multiple View Geometry, 11.4) over rotation and direction. Of fewer than five
+    inliers, 180 both.
     """
+    if len(points0) < 5:
+        return 180.0, 180.0
     x0, x1 = to_rays(points0, K0), to_rays(points1, K1)
     turned = x0 @ np.asarray(R).T
     line0, line1 = np.cross(x1, t) @ R, np.cross(t, turned)
