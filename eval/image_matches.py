@@ -13,7 +13,7 @@ from tools.geometry import make_pose, resize_K, resize_keypoints, turn_K, turn_k
 from tools.metrics import match_errors, pose_error
 from tools.visualize import Stage, draw_iterations, draw_matches, iteration_frames, write_gif
 
-VERSION = 2  # of the npz and of its content
+VERSION = 3  # of the npz and of its content
 # of unrelated images, 26 was the most; of many random matches, 1% agree with some pose and 2% with some F
 # (docs/own_images.md)
 TRUSTED_INLIERS, TRUSTED_SHARE = 30, 0.05

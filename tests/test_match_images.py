@@ -106,7 +106,7 @@ def test_two_images_give_a_picture_and_numbers(scene, tmp_path, capsys):
     assert command(*images, *cameras(0, 1), *RATIO, "--save_path", tmp_path) == 0
     assert names_in(tmp_path) == ["a_sub-b.npz", "a_sub-b.png"]
     found = load(tmp_path / "a_sub-b.npz")
-    assert set(found) == KEYS and found["version"] == 2
+    assert set(found) == KEYS and found["version"] == 3
     assert (str(found["image0"]), str(found["image1"])) == ("a.png", os.path.join("sub", "b.png"))
     assert found["image_size0"].tolist() == list(SIZES[0]) and found["image_size1"].tolist() == list(SIZES[1])
     np.testing.assert_allclose(found["K0"], CAMERAS[0])
@@ -448,6 +448,19 @@ def test_results_of_the_first_version_name_their_model(tmp_path):
     assert match_images.settings_used_before(tmp_path, "IMP") == settings
     assert match_images.settings_used_before(tmp_path, "EIMP") == {}
     assert match_images.read_complete(tmp_path / "a_b", settings, []) is None
+
+
+def test_results_of_the_second_version_are_made_again(scene, tmp_path, capsys):
+    images = [scene / "images" / name for name in NAMES]
+    assert command(*images[:2], *RATIO, "--save_path", tmp_path) == 0
+    old = load(tmp_path / "a_sub-b.npz")
+    summary, settings = json.loads(str(old["summary"])), json.loads(str(old["settings"]))
+    del summary["rotation_uncertainty"]
+    np.savez(tmp_path / "a_sub-b.npz", **{**old, "version": 2, "summary": json.dumps(summary),
+                                          "settings": json.dumps({**settings, "version": 2})})
+    assert command(*images, *RATIO, "--save_path", tmp_path) == 0
+    assert "3 pairs matched" in capsys.readouterr().out
+    assert "rotation_uncertainty" in (tmp_path / "pairs.csv").read_text().splitlines()[0]
 
 
 def test_more_than_two_images_are_paired_too(scene, tmp_path):
