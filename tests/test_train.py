@@ -208,16 +208,19 @@ def test_a_run_from_before_the_layout_changed_takes_the_same_steps():
     assert_same(matcher.state_dict(), content["model"])
     for i, moments in optimizer_state(matcher, optimizer)["state"].items():
         assert_same(moments, content["optimizer"]["state"][i])
+    moved = set()
     for k in (2, 3):
         optimizer.zero_grad()
         loss = matcher(random_batch(k))["loss"]
         loss.backward()
         optimizer.step()
+        moved |= {name for name, value in matcher.named_parameters() if value.grad.abs().max() > 1e-6}
         assert loss.item() == pytest.approx(content["losses"][k], rel=1e-5)
-    # the output of queries and keys depends on their difference alone: some biases have no gradient but rounding
-    for name, value in matcher.state_dict().items():
-        if not name.endswith("proj.1.bias"):
-            assert value.norm().item() == pytest.approx(content["norms"][name], rel=1e-3, abs=1e-4), name
+    # biases before a norm, and of keys, change nothing: their gradient is rounding, of which Adam makes whole steps
+    state = matcher.state_dict()
+    assert len(moved) > 60 and all(name.endswith(".bias") for name in set(state) - moved)
+    for name in moved:
+        assert state[name].norm().item() == pytest.approx(content["norms"][name], rel=1e-3, abs=1e-4), name
 
 
 def in_moments(change):
