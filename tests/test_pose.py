@@ -306,7 +306,7 @@ def refine(keypoints0, keypoints1, T_0to1):
 
 @pytest.mark.parametrize("baseline", [1.0, 0.05])
 def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
-    points = np.random.default_rng(0).uniform([-1.5, -1.5, 3], [1.5, 1.5, 9], (200, 3))
+    points = np.random.default_rng(0).uniform([-0.5, -0.5, 4], [0.5, 0.5, 6], (200, 3))
     R = Rotation.from_rotvec([4, -18, 6], degrees=True).as_matrix()
     T_0to1 = make_pose(R, baseline * np.array([0.96, 0, 0.28]))
     keypoints0, keypoints1 = project(points, K0, np.eye(4))[0], project(points, K1, T_0to1)[0]
@@ -321,9 +321,9 @@ def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
     unit = 1e3 * refine(keypoints0, keypoints1 + 1e-3 * across, T_0to1)[2]
 
     def turns(pattern):
-        errors = SYSTEMATIC_ERROR * pattern / np.sqrt(np.mean(pattern ** 2)) / 100
+        errors = SYSTEMATIC_ERROR * pattern / np.sqrt(np.mean(pattern ** 2)) / 1000
         change, _, _ = refine(keypoints0, keypoints1 + across * (errors / unit)[:, None], T_0to1)
-        return 100 * np.degrees([np.linalg.norm(change[:3]), np.linalg.norm(change[3:])])
+        return 1000 * np.degrees([np.linalg.norm(change[:3]), np.linalg.norm(change[3:])])
 
     worst = [np.linalg.svd(rows)[2][0] for rows in (inverse[:3], inverse[3:])]
     np.testing.assert_allclose([turns(pattern)[i] for i, pattern in enumerate(worst)], uncertainty, rtol=0.02)
@@ -335,6 +335,6 @@ def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
 def test_uncertainty_of_a_direction_that_nothing_tells():
     keypoints0, keypoints1, R = views_of(n_far=300)
     assert pose_uncertainty(keypoints0[:4], keypoints1[:4], K0, K0, R, np.array([1.0, 0, 0])) == (180, 180)
-    keypoints0[0] = K0[:2, 2]
+    keypoints0[0] = K0[:2, 2]  # of a forward motion, on the epipole
     assert pose_uncertainty(keypoints0, keypoints1, K0, K0, R, np.array([1.0, 0, 0]))[1] == 180
-    assert pose_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0.6, 0.8]))[1] == 180
+    assert pose_uncertainty(keypoints0, keypoints0, K0, K0, np.eye(3), np.array([0, 0, 1.0]))[1] == 180
