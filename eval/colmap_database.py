@@ -136,10 +136,10 @@ def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, s
     """
     colmap = import_pycolmap()
     K0, K1 = known_K(camera0), known_K(camera1)
+    points = [keypoints.astype(np.float64) + 0.5 for keypoints in (found.keypoints0, found.keypoints1)]
     if K0 is None or K1 is None:
         options = colmap.TwoViewGeometryOptions(min_num_inliers=min_inliers)
         options.ransac.random_seed = seed
-        points = [keypoints.astype(np.float64) + 0.5 for keypoints in (found.keypoints0, found.keypoints1)]
         geometry = colmap.estimate_two_view_geometry(camera0, points[0], camera1, points[1],
                                                      found.matches.astype(np.uint32), options)
         return geometry if len(geometry.inlier_matches) >= min_inliers else None
@@ -151,9 +151,9 @@ def two_view_geometry(found: ImageMatches, camera0, camera1, min_inliers: int, s
     if not found.translation_determined:
         geometry.config, geometry.H = kinds.PANORAMIC, K1 @ found.R @ np.linalg.inv(K0)
     elif found.planar:
-        points0, points1 = (keypoints[rows].astype(np.float64) + 0.5 for keypoints, rows in
-                            zip((found.keypoints0, found.keypoints1), found.matches[found.inliers].T))
-        geometry.config, geometry.H = kinds.PLANAR, cv2.findHomography(points0, points1, cv2.LMEDS)[0]
+        rows0, rows1 = found.matches[found.inliers].T
+        geometry.config = kinds.PLANAR
+        geometry.H = cv2.findHomography(points[0][rows0], points[1][rows1], cv2.LMEDS)[0]
     else:
         E = essential_matrix(make_pose(found.R, found.t))
         geometry.config, geometry.F = kinds.UNCALIBRATED, np.linalg.inv(K1).T @ E @ np.linalg.inv(K0)

@@ -98,3 +98,12 @@ def write_hdf5(path, pair_set, sizes=True, text=None, depth=True, numbers=(0, 1)
                     file[f"depth{view}/{i}"] = at_keypoints
             file[f"R/{i}"], file[f"T/{i}"] = pair.T_0to1[:3, :3], pair.T_0to1[:3, 3:]
             file[f"e/{i}"] = file[f"f/{i}"] = essential_matrix(pair.T_0to1)
+
+
+def flat_pair(turned_camera: bool):
+    """An image, what a camera sees of it that was moved, or turned on the spot, K of both, and T_0to1."""
+    image = texture(np.random.default_rng(3), 400, 300)
+    K = np.array([[350, 0, 199.5], [0, 350, 149.5], [0, 0, 1]])
+    R, t = cv2.Rodrigues(np.deg2rad([2.0, 12, 3]))[0], np.array([-0.3, 0.05, 0.1]) * (not turned_camera)
+    H = K @ (R + np.outer(t, [0, 0, 1])) @ np.linalg.inv(K)
+    return image, cv2.warpPerspective(image, H, (400, 300), flags=cv2.INTER_CUBIC), K, make_pose(R, t)

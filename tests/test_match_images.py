@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from eval_scene import CAMERAS, NAMES, POSES, SIZES, make_pair, make_scene, texture, write_warm_weights
+from eval_scene import CAMERAS, NAMES, POSES, SIZES, flat_pair, make_pair, make_scene, texture, write_warm_weights
 from PIL import Image
 from PIL.ExifTags import IFD
 
@@ -219,18 +219,9 @@ def test_unrelated_photographs_are_not_trusted(tmp_path, capsys, options):
     assert verdicts <= {"doubtful", "none"}
 
 
-def flat_pair(turned_camera: bool):
-    """An image, and what a camera sees of it that was moved, or turned on the spot."""
-    image = texture(np.random.default_rng(3), 400, 300)
-    K = np.array([[350, 0, 199.5], [0, 350, 149.5], [0, 0, 1]])
-    R, t = cv2.Rodrigues(np.deg2rad([2.0, 12, 3]))[0], np.array([-0.3, 0.05, 0.1]) * (not turned_camera)
-    H = K @ (R + np.outer(t, [0, 0, 1])) @ np.linalg.inv(K)
-    return image, cv2.warpPerspective(image, H, (400, 300), flags=cv2.INTER_CUBIC), K
-
-
 @pytest.mark.parametrize("turned_camera", [False, True])
 def test_planes_and_rotations_are_named(turned_camera):
-    image0, image1, K = flat_pair(turned_camera)
+    image0, image1, K, _ = flat_pair(turned_camera)
     matcher = ImageMatcher("NN_ratio", max_keypoints=400)
     unknown, known = matcher(image0, image1), matcher(image0, image1, K, K)
     assert unknown.planar and known.planar and unknown.inliers.sum() > 50 and known.inliers.sum() > 50

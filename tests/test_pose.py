@@ -313,6 +313,8 @@ def test_uncertainty_is_what_the_worst_errors_do_to_a_pose(baseline):
     T_0to1[:3, 3] /= baseline
     _, inverse, _ = refine(keypoints0, keypoints1, T_0to1)
     uncertainty = pose_uncertainty(keypoints0, keypoints1, K0, K1, R, T_0to1[:3, 3])
+    bounds = [np.linalg.norm(rows, 2) * SYSTEMATIC_ERROR * np.sqrt(200) for rows in (inverse[:3], inverse[3:])]
+    np.testing.assert_allclose(uncertainty, np.degrees(bounds), rtol=1e-3)
     assert (uncertainty[1] > 10) is (baseline < 0.1)
 
     # across the line of each keypoint, small enough for the first order
